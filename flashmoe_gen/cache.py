@@ -1,0 +1,389 @@
+"""The kernel cache: a folder of compiled kernels, named by everything that decides their bytes.
+
+An entry is the folder ``<arch>/<name>-<key>/`` with the source, the image, ``metadata.json`` and ``build.log``. It is
+written beside its place and renamed into it, so that it is there in full or not at all; nothing in it is ever rewritten.
+A lock per entry lets one process build while others wait. It only saves work: without it the rename still decides.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from . import env
+from .arch import ARCHS, get_arch
+from .compile import Image, compile_text, compiler_identity, file_stem, runs_here
+from .errors import CacheError, CompileError
+
+logger = logging.getLogger("flashmoe_gen")
+
+_FORMAT = 1  # of an entry; another number makes other keys, so old entries are not read
+_LOCK_S = 900.0  # longest wait for another builder, in seconds
+_STALE_S = 600.0  # age at which an unfinished folder is taken for a dead builder's: writing one takes milliseconds
+_ENTRY_NAME = re.compile(r"[A-Za-z0-9_.-]+-[0-9a-f]{16}")
+_LEFTOVERS = (".building-*", ".broken-*")
+_OCCUPIED = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """A kernel whose image lies in the cache.
+
+    Attributes:
+        name: its C symbol.
+        arch: what it was compiled for.
+        path: the cubin or shared library; the file is never rewritten in place.
+        registers: 32-bit registers of one thread; 0 on the host.
+        spill_bytes: spill stores plus loads of one thread; 0 on the host.
+        shared_bytes: static shared memory of one block; 0 on the host.
+        seconds: what compiling took, when it was compiled.
+        from_cache: whether this call found it compiled.
+        compiler: version and flags of the compiler.
+        log: what the compiler printed.
+    """
+
+    name: str
+    arch: str
+    path: Path
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    seconds: float
+    from_cache: bool
+    compiler: str
+    log: str
+
+    @property
+    def image(self) -> bytes:
+        """The bytes of the image; raises :class:`CacheError` when the file is gone."""
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise CacheError(f"The image of {self.name} cannot be read: {error}. Compile it again.") from error
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry as ``cache list`` shows it.
+
+    Attributes:
+        name: C symbol of the kernel.
+        arch: what it was compiled for.
+        path: the entry's folder.
+        digest: digest of the source text, as given to :meth:`Cache.build`.
+        compiler: version and flags of the compiler.
+        registers: 32-bit registers of one thread.
+        spill_bytes: spill stores plus loads of one thread.
+        shared_bytes: static shared memory of one block.
+        seconds: what compiling took.
+        size_bytes: size of the image.
+        created: when it was compiled, in seconds since the epoch.
+        metadata: what was given to :meth:`Cache.build`.
+    """
+
+    name: str
+    arch: str
+    path: Path
+    digest: str
+    compiler: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    seconds: float
+    size_bytes: int
+    created: float
+    metadata: dict[str, Any]
+
+
+class Cache:
+    """Compiled kernels in a folder that many processes, and machines with a common file system, may share.
+
+    Args:
+        root: the folder; default ``FLASHMOE_CACHE_DIR`` or the user's cache directory. Made when first written to.
+
+    Attributes:
+        path: the folder, absolute.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.path = Path(root or env.cache_dir()).expanduser().absolute()
+
+    def build(self, text: str, *, name: str, arch: str, digest: str, metadata: dict[str, Any]) -> CompiledKernel:
+        """Return the compiled kernel of a text, compiling it if no intact entry exists.
+
+        A machine without a compiler takes an image of the same text that another compiler made, if it can run it.
+
+        Args:
+            text: the self-contained source.
+            name: C symbol of the kernel.
+            arch: a key of :data:`flashmoe_gen.arch.ARCHS`.
+            digest: digest of the text.
+            metadata: kept with the entry; ``metadata["command"]`` is the command that builds it.
+
+        Raises:
+            UnsupportedError: the architecture is unknown to the package or to the compiler.
+            CompileError: the compiler is missing or refused the text.
+            CacheError: the folder cannot be written, or the entry is missing while ``FLASHMOE_NO_JIT=1``.
+        """
+        folder = self.path / arch
+        text_hash = hashlib.sha256(text.encode()).hexdigest()
+        try:
+            compiler = compiler_identity(arch)
+        except CompileError:
+            if kernel := _made_elsewhere(folder, file_stem(name), text_hash):
+                return kernel
+            self._refuse_if_no_jit(name, arch, metadata)
+            raise
+        key = hashlib.sha256("\n".join([str(_FORMAT), text_hash, digest, arch, compiler]).encode()).hexdigest()
+        entry = folder / f"{file_stem(name)}-{key[:16]}"
+        with suppress(_DamagedError):
+            return _read(entry, key)
+        self._refuse_if_no_jit(name, arch, metadata)
+        with self._lock(key, name):
+            try:
+                return _read(entry, key)  # built while this process waited
+            except _DamagedError as damage:
+                if os.path.lexists(entry):
+                    logger.warning("the cache entry %s is damaged and will be built again: %s", entry, damage)
+            image = compile_text(text, name=name, arch=arch, keep_in=self.path / "failed")
+            record = _record(image, key=key, name=name, arch=arch, digest=digest, text_hash=text_hash, metadata=metadata)
+            with self._writing():
+                self._store(entry, key, text, image, record)
+            self._sweep(folder)
+        return _kernel(entry, record, image.log, from_cache=False)
+
+    def entries(self) -> list[Entry]:
+        """List the readable entries by architecture and name; images are not checked."""
+        found = []
+        for folder in self._folders():
+            with suppress(_DamagedError):
+                found.append(_entry(folder))
+        return found
+
+    def clear(self) -> int:
+        """Remove all entries, leftovers and refused sources; return the number of entries removed.
+
+        Kernels that are loaded keep working. Raises :class:`CacheError` when the folder cannot be written.
+        """
+        with self._writing():
+            folders = self._folders()
+            for folder in folders:
+                _discard(folder)
+            for arch in ARCHS:
+                self._sweep(self.path / arch)
+            for source in (*self.path.glob("failed/*.cu"), *self.path.glob("failed/*.cpp")):
+                source.unlink(missing_ok=True)
+        return len(folders)
+
+    def _folders(self) -> list[Path]:
+        """All entries, damaged ones too; nothing else, whatever folder the user took for a cache."""
+        found = (folder for arch in sorted(ARCHS) for folder in sorted((self.path / arch).glob("*")))
+        return [folder for folder in found if folder.is_dir() and _ENTRY_NAME.fullmatch(folder.name)]
+
+    def _refuse_if_no_jit(self, name: str, arch: str, metadata: dict[str, Any]) -> None:
+        if env.no_jit():
+            raise CacheError(
+                f"{name} for {arch} is not in the kernel cache {self.path} (or is damaged there), and FLASHMOE_NO_JIT=1 "
+                f"forbids compiling it here. Build it with: {metadata.get('command', 'flashmoe-gen compile')}"
+            )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CacheError(
+                f"The kernel cache {self.path} cannot be written: {error}. "
+                "Set FLASHMOE_CACHE_DIR to a writable directory with free space."
+            ) from error
+
+    @contextmanager
+    def _lock(self, key: str, name: str) -> Iterator[None]:
+        """Hold the entry's lock: one of the operating system, so a killed holder releases it."""
+        with self._writing():
+            locks = self.path / "locks"
+            locks.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(locks / f"{key[:16]}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                logger.info("waiting for another process that compiles %s", name)
+                try:
+                    lock.acquire(timeout=_LOCK_S)
+                except filelock.Timeout:
+                    logger.warning("another process holds %s for more than %.0f s; going on", lock.lock_file, _LOCK_S)
+            except NotImplementedError:
+                pass  # a file system without locks
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _store(self, entry: Path, key: str, text: str, image: Image, record: dict[str, Any]) -> None:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        draft = entry.with_name(f".building-{entry.name}-{uuid.uuid4().hex[:8]}")
+        try:
+            draft.mkdir()
+            suffix = ".cpp" if record["arch"] == "host" else ".cu"
+            (draft / f"source{suffix}").write_text(text, encoding="utf-8")
+            (draft / _image_name(record["arch"])).write_bytes(image.data)
+            (draft / "build.log").write_text(image.log, encoding="utf-8")
+            (draft / "metadata.json").write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
+            _publish(draft, entry, key)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+    def _sweep(self, folder: Path) -> None:
+        """Remove what dead builders left."""
+        oldest = time.time() - _STALE_S
+        for leftover in (path for pattern in _LEFTOVERS for path in folder.glob(pattern)):
+            with suppress(OSError):
+                if leftover.stat().st_mtime < oldest:
+                    _remove(leftover)
+
+
+class _DamagedError(Exception):
+    """The entry is absent, incomplete, changed, or of another kernel."""
+
+
+def _image_name(arch: str) -> str:
+    return "kernel.so" if arch == "host" else "kernel.cubin"
+
+
+def _record(
+    image: Image, *, key: str, name: str, arch: str, digest: str, text_hash: str, metadata: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "key": key,
+        "name": name,
+        "arch": arch,
+        "digest": digest,
+        "text_sha256": text_hash,
+        "compiler": image.compiler,
+        "registers": image.registers,
+        "spill_bytes": image.spill_bytes,
+        "shared_bytes": image.shared_bytes,
+        "seconds": image.seconds,
+        "created": time.time(),
+        "image_sha256": hashlib.sha256(image.data).hexdigest(),
+        "image_bytes": len(image.data),
+        "metadata": metadata,
+    }
+
+
+def _load_record(entry: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((entry / "metadata.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise _DamagedError(str(error)) from error
+    if not isinstance(record, dict):
+        raise _DamagedError("metadata.json is not an object")
+    return record
+
+
+def _read(entry: Path, key: str | None = None) -> CompiledKernel:
+    """Return the entry's kernel after checking key, size and hash; raise :class:`_DamagedError` if it is not intact."""
+    record = _load_record(entry)
+    try:
+        if key is not None and record["key"] != key:
+            raise _DamagedError("it belongs to another key")
+        kernel = _kernel(entry, record, (entry / "build.log").read_text(encoding="utf-8"), from_cache=True)
+        data = kernel.path.read_bytes()
+        if len(data) != record["image_bytes"] or hashlib.sha256(data).hexdigest() != record["image_sha256"]:
+            raise _DamagedError("the image differs from what was written")
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise _DamagedError(f"{type(error).__name__}: {error}") from error
+    return kernel
+
+
+def _kernel(entry: Path, record: dict[str, Any], log: str, *, from_cache: bool) -> CompiledKernel:
+    return CompiledKernel(
+        name=record["name"],
+        arch=record["arch"],
+        path=entry / _image_name(record["arch"]),
+        registers=int(record["registers"]),
+        spill_bytes=int(record["spill_bytes"]),
+        shared_bytes=int(record["shared_bytes"]),
+        seconds=float(record["seconds"]),
+        from_cache=from_cache,
+        compiler=record["compiler"],
+        log=log,
+    )
+
+
+def _entry(folder: Path) -> Entry:
+    record = _load_record(folder)
+    try:
+        return Entry(
+            name=record["name"],
+            arch=record["arch"],
+            path=folder,
+            digest=record["digest"],
+            compiler=record["compiler"],
+            registers=int(record["registers"]),
+            spill_bytes=int(record["spill_bytes"]),
+            shared_bytes=int(record["shared_bytes"]),
+            seconds=float(record["seconds"]),
+            size_bytes=int(record["image_bytes"]),
+            created=float(record["created"]),
+            metadata=dict(record["metadata"]),
+        )
+    except (LookupError, TypeError, ValueError) as error:
+        raise _DamagedError(str(error)) from error
+
+
+def _made_elsewhere(folder: Path, stem: str, text_hash: str) -> CompiledKernel | None:
+    for entry in sorted(folder.glob(f"{stem}-*")):
+        with suppress(_DamagedError):
+            record = _load_record(entry)
+            if record.get("text_sha256") == text_hash and runs_here(str(record.get("compiler"))):
+                return _read(entry)
+    return None
+
+
+def _publish(draft: Path, entry: Path, key: str) -> None:
+    """Rename the draft into its place; keep an intact entry that another builder put there, replace a damaged one."""
+    for _ in range(3):
+        try:
+            os.rename(draft, entry)
+            return
+        except OSError as error:
+            if error.errno not in _OCCUPIED:
+                raise
+        try:
+            _read(entry, key)
+            shutil.rmtree(draft, ignore_errors=True)
+            return
+        except _DamagedError:
+            with suppress(FileNotFoundError):
+                _discard(entry)
+    raise OSError(errno.EBUSY, "the entry is replaced again and again", str(entry))
+
+
+def _discard(entry: Path) -> None:
+    """Take an entry out of its place in one step, then remove it: nobody sees half of it."""
+    grave = entry.with_name(f".broken-{entry.name}-{uuid.uuid4().hex[:8]}")
+    os.rename(entry, grave)
+    _remove(grave)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

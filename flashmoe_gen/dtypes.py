@@ -1,0 +1,43 @@
+"""The element types a kernel can be generated for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from .errors import SpecError
+
+
+@dataclass(frozen=True)
+class DType:
+    """One element type.
+
+    Attributes:
+        name: the name users write, e.g. ``"bfloat16"``.
+        size: bytes per element.
+        accumulator: C++ type of sums (``float``, or ``double`` for float64).
+        numpy: the NumPy dtype that holds it (``ml_dtypes.bfloat16`` for bfloat16).
+    """
+
+    name: str
+    size: int
+    accumulator: str
+    numpy: np.dtype
+
+
+DTYPES: dict[str, DType] = {
+    "bfloat16": DType("bfloat16", 2, "float", np.dtype(ml_dtypes.bfloat16)),
+    "float16": DType("float16", 2, "float", np.dtype(np.float16)),
+    "float32": DType("float32", 4, "float", np.dtype(np.float32)),
+    "float64": DType("float64", 8, "double", np.dtype(np.float64)),
+}
+
+
+def get_dtype(name: str) -> DType:
+    """Look a type up by name; raise :class:`SpecError` naming the supported ones."""
+    try:
+        return DTYPES[name]
+    except (KeyError, TypeError):
+        raise SpecError(f"dtype={name!r} is not valid. Must be one of {', '.join(map(repr, DTYPES))}.") from None

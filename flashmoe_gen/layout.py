@@ -1,0 +1,177 @@
+"""Where everything lies in memory: the symmetric heap all layers of a communicator share, and a layer's workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .args import CONTROL, LIST_ENTRY, QUEUE_ENTRY, READY_BLOCK, SEGMENT, STATE
+from .plan import CHUNK_TOKENS, KernelPlan, TileConfig
+from .spec import MAX_EXPERTS, MAX_WORLD_SIZE, MoESpec
+
+_ALIGN = 256
+COUNT_STRIDE = MAX_EXPERTS + 1  # a source's tokens, then rows per expert slot
+COUNTER_WORDS = 8 + MAX_WORLD_SIZE  # struct Counters
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A named range of bytes. ``persistent`` ones carry state from call to call; the rest may hold anything before a call."""
+
+    name: str
+    offset: int
+    bytes: int
+    persistent: bool
+
+
+def _place(parts: Iterable[tuple[str, int, bool]]) -> dict[str, Region]:
+    regions, offset = {}, 0
+    for name, size, persistent in parts:
+        regions[name] = Region(name, offset, size, persistent)
+        offset = _ceil(offset + size, _ALIGN) * _ALIGN
+    return regions
+
+
+def total_bytes(regions: dict[str, Region]) -> int:
+    """Bytes from the first region to the end of the last, rounded up to the alignment."""
+    return max(_ceil(region.offset + region.bytes, _ALIGN) * _ALIGN for region in regions.values())
+
+
+@dataclass(frozen=True)
+class HeapNeeds:
+    """What a layer asks of the symmetric heap; :meth:`union` covers several layers.
+
+    Attributes:
+        max_tokens: tokens of one rank.
+        routes: ``max_tokens * top_k``.
+        source_bytes: token rows of one source.
+        return_bytes: rows that come back.
+        returns: rows that can come back, one signal word each.
+    """
+
+    max_tokens: int = 0
+    routes: int = 0
+    source_bytes: int = 0
+    return_bytes: int = 0
+    returns: int = 0
+
+    @classmethod
+    def of(cls, spec: MoESpec, combine: str) -> HeapNeeds:
+        row = spec.hidden_size * spec.element.size
+        returns = spec.max_tokens * return_slots(spec, combine)
+        return cls(
+            max_tokens=spec.max_tokens,
+            routes=spec.max_tokens * spec.top_k,
+            source_bytes=_ceil(spec.max_tokens * row, _ALIGN) * _ALIGN,
+            return_bytes=returns * row,
+            returns=returns,
+        )
+
+    def union(self, other: HeapNeeds) -> HeapNeeds:
+        """The smallest needs that cover both."""
+        return HeapNeeds(*(max(a, b) for a, b in zip(vars(self).values(), vars(other).values())))
+
+
+def return_slots(spec: MoESpec, combine: str) -> int:
+    """Rows that can come back per token: one per route, or one per rank that owns any of its experts."""
+    return spec.top_k if combine == "route" else min(spec.top_k, spec.world_size)
+
+
+@dataclass(frozen=True)
+class HeapLayout:
+    """Byte offsets in the symmetric heap: the same on every rank and for every layer of the communicator."""
+
+    needs: HeapNeeds
+    world_size: int
+    regions: dict[str, Region]
+
+    @classmethod
+    def of(cls, needs: HeapNeeds, world_size: int) -> HeapLayout:
+        word, sources = 8, MAX_WORLD_SIZE
+        chunks = _ceil(needs.max_tokens, CHUNK_TOKENS)
+        parts = [
+            ("control", CONTROL.size, True),
+            ("counts", 2 * sources * COUNT_STRIDE * word, True),
+            ("list_signals", 2 * sources * word, True),
+            ("chunk_signals", 2 * sources * chunks * word, True),
+            ("return_signals", needs.returns * word, True),
+            ("lists", world_size * needs.routes * LIST_ENTRY.size, False),
+            ("ordinals", world_size * needs.routes * 4, False),
+            ("rows", (world_size - 1) * needs.source_bytes, False),
+            ("returns", needs.return_bytes, False),
+        ]
+        return cls(needs, world_size, _place(parts))
+
+    @property
+    def bytes(self) -> int:
+        return total_bytes(self.regions)
+
+    def arguments(self) -> dict[str, int]:
+        """The heap fields of ``MoEArgs``."""
+        at = {f"{name}_at": region.offset for name, region in self.regions.items() if name != "control"}
+        return {
+            **at,
+            "source_stride": self.needs.source_bytes,
+            "count_stride": COUNT_STRIDE,
+            "chunk_stride": _ceil(self.needs.max_tokens, CHUNK_TOKENS),
+            "list_stride": self.needs.routes,
+        }
+
+
+@dataclass(frozen=True)
+class WorkspaceLayout:
+    """A layer's rank-local memory.
+
+    Attributes:
+        regions: byte ranges by name.
+        sizes: the integer fields of ``MoEArgs`` that describe them.
+    """
+
+    regions: dict[str, Region]
+    sizes: dict[str, int]
+
+    @classmethod
+    def of(
+        cls, spec: MoESpec, tile: TileConfig, plan: KernelPlan, *, combine: str, local_experts: int, processors: int
+    ) -> WorkspaceLayout:
+        size = spec.element.size
+        routes = spec.max_tokens * spec.top_k
+        per_source = routes if spec.capacity is None else min(routes, spec.capacity * local_experts)
+        rows = per_source * spec.world_size if local_experts else 0
+        blocks = rows // tile.block_m + min(local_experts, rows)
+        by_rank = combine == "rank"
+        # Enough M-blocks in flight to give every processor a GEMM1 tile while as many GEMM2 tiles run.
+        ring_slots = max(1, min(blocks, 2 * _ceil(processors, plan.gemm1_tiles) + tile.lag + 1))
+        column_bits_at = COUNTER_WORDS
+        gemm2_done_at = column_bits_at + blocks * plan.column_words
+        routes_done_at = gemm2_done_at + blocks
+        set_words = _ceil(routes_done_at + (spec.world_size * spec.max_tokens if by_rank else 0), 4) * 4
+        parts = [
+            ("state", STATE.size, True),
+            ("counter_sets", 2 * set_words * 4, True),
+            ("appended", blocks * 4, True),
+            ("planner_counts", processors * spec.num_experts * 4, False),
+            ("route_target", routes * 4, False),
+            ("segments", spec.world_size * local_experts * SEGMENT.size, False),
+            ("ready", blocks * READY_BLOCK.size, False),
+            ("entries", 2 * blocks * QUEUE_ENTRY.size, False),
+            ("ring", ring_slots * tile.block_m * spec.intermediate_size * size, False),
+            ("staged_rows", rows * spec.hidden_size * size if by_rank else 0, False),
+        ]
+        sizes = {
+            "set_words": set_words,
+            "column_bits_at": column_bits_at,
+            "gemm2_done_at": gemm2_done_at,
+            "routes_done_at": routes_done_at,
+            "ring_slots": ring_slots,
+            "staged_stride": per_source,
+        }
+        return cls(_place(parts), sizes)
+
+    @property
+    def bytes(self) -> int:
+        return total_bytes(self.regions)

@@ -1,0 +1,188 @@
+"""All arithmetic of a kernel: tile sizes, task counts, thread roles and shared memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from .arch import Arch, get_arch
+from .dtypes import get_dtype
+from .errors import SpecError, UnsupportedError
+from .spec import MAX_WORLD_SIZE, MoESpec
+
+CHUNK_TOKENS = 16  # tokens of one dispatch task: a signal's meaning, so the same for every kernel of a heap
+PLANNER_TOKENS = 32  # fewest tokens worth a planner of their own
+WARP = 32
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How one kernel is cut into tiles.
+
+    Args:
+        block_m: rows of an M-block.
+        block_n: output columns of a tile; of a gated GEMM1 half of them are gate, half up.
+        block_k: elements per stage of the shared-memory pipeline (GPU).
+        stages: depth of that pipeline (GPU).
+        warps_m, warps_n: grid of MMA warps over a tile (GPU).
+        math: matrix arithmetic of float32: ``"tf32"`` (matrix units, operands rounded to nearest) or ``"ffma"``.
+            Other dtypes have one way and take ``None``.
+        combine: ``"route"`` returns one row per route, ``"rank"`` lets each owner sum its routes of a token first,
+            ``None`` picks by target and world size. A launch argument: it does not change the kernel.
+        lag: M-blocks between a GEMM1 and its GEMM2 in the task order.
+
+    Raises:
+        SpecError: a value is out of range.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int = 64
+    stages: int = 1
+    warps_m: int = 1
+    warps_n: int = 1
+    math: Literal["tf32", "ffma"] | None = None
+    combine: Literal["route", "rank"] | None = None
+    lag: int = 2
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("block_m", 1, 256),
+            ("block_n", 2, 512),
+            ("block_k", 8, 512),
+            ("stages", 1, 16),
+            ("warps_m", 1, 8),
+            ("warps_n", 1, 8),
+            ("lag", 0, 64),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise SpecError(f"{name}={value!r} is not valid. Must be an integer between {low} and {high}.")
+        if self.math not in (None, "tf32", "ffma"):
+            raise SpecError(f"math={self.math!r} is not valid. Must be 'tf32', 'ffma' or None.")
+        if self.combine not in (None, "route", "rank"):
+            raise SpecError(f"combine={self.combine!r} is not valid. Must be 'route', 'rank' or None.")
+        if self.block_n % 2:
+            raise SpecError(f"block_n={self.block_n} is not valid. Must be even: a gated tile is half gate, half up.")
+
+    def replace(self, **changes: object) -> TileConfig:
+        """A copy with some fields changed (validated again)."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def default_tile(spec: MoESpec, arch: str) -> TileConfig:
+    """The tile used when none is given: right on every arch of its kind, tuned on none.
+
+    Raises:
+        UnsupportedError: unknown arch.
+    """
+    target = get_arch(arch)
+    if target.is_host:
+        return TileConfig(block_m=32, block_n=64)
+    if spec.dtype == "float64":
+        return TileConfig(block_m=64, block_n=64, block_k=16, stages=3, warps_m=4, warps_n=2)
+    if spec.dtype == "float32":
+        return TileConfig(block_m=64, block_n=128, block_k=32, stages=3, warps_m=2, warps_n=4, math="tf32")
+    return TileConfig(block_m=64, block_n=128, block_k=64, stages=3, warps_m=2, warps_n=4)
+
+
+def resolve_combine(spec: MoESpec, tile: TileConfig, arch: Arch) -> str:
+    """How rows come back: forced by batch invariance, else the tile's choice, else by target and world size.
+
+    Raises:
+        SpecError: ``combine="rank"`` with ``batch_invariant=True``: the owner's sum depends on the placement.
+    """
+    if spec.batch_invariant and tile.combine == "rank":
+        raise SpecError("combine='rank' is not valid with batch_invariant=True. Must be 'route' or None.")
+    if tile.combine is not None:
+        return tile.combine
+    by_route = arch.is_host or spec.batch_invariant or spec.world_size == 1
+    return "route" if by_route else "rank"
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """The numbers of one fused MoE kernel.
+
+    Attributes:
+        intermediate_columns: columns of the intermediate made by one GEMM1 tile.
+        gemm1_tiles, gemm2_tiles: column tiles per M-block.
+        column_words: 32-bit words that hold one bit per GEMM1 tile.
+        threads: threads of a block (GPU), 0 on the host.
+        stage_bytes: shared memory of one pipeline stage.
+        shared_bytes: dynamic shared memory of a block.
+    """
+
+    intermediate_columns: int
+    gemm1_tiles: int
+    gemm2_tiles: int
+    column_words: int
+    threads: int
+    stage_bytes: int
+    shared_bytes: int
+    chunk_tokens: int = CHUNK_TOKENS
+    planner_tokens: int = PLANNER_TOKENS
+    max_world_size: int = MAX_WORLD_SIZE
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _check_math(spec: MoESpec, tile: TileConfig, arch: Arch) -> None:
+    if spec.dtype != "float32":
+        if tile.math is not None:
+            raise SpecError(f"math={tile.math!r} is not valid for {spec.dtype}. It chooses the arithmetic of float32 alone.")
+    elif arch.is_host and tile.math == "tf32":
+        raise UnsupportedError("math='tf32' is not supported on 'host', whose float32 is IEEE. Supported: 'ffma' or None.")
+
+
+def plan_kernel(spec: MoESpec, tile: TileConfig, arch: str) -> KernelPlan:
+    """Compute the plan of the fused kernel, or refuse the tile with a reason.
+
+    Raises:
+        SpecError: the tile is impossible for this spec.
+        UnsupportedError: the tile is impossible on this arch, or the arch is unknown.
+    """
+    target = get_arch(arch)
+    _check_math(spec, tile, target)
+    columns = tile.block_n // 2 if spec.mlp == "gated" and not target.is_host else tile.block_n
+    gemm1_tiles = _ceil(spec.intermediate_size, columns)
+    gemm2_tiles = _ceil(spec.hidden_size, tile.block_n)
+    threads = stage_bytes = shared_bytes = 0
+    if not target.is_host:
+        threads, stage_bytes, shared_bytes = _plan_mma(spec, tile, target)
+    return KernelPlan(
+        intermediate_columns=columns,
+        gemm1_tiles=gemm1_tiles,
+        gemm2_tiles=gemm2_tiles,
+        column_words=_ceil(gemm1_tiles, 32),
+        threads=threads,
+        stage_bytes=stage_bytes,
+        shared_bytes=shared_bytes,
+    )
+
+
+def _plan_mma(spec: MoESpec, tile: TileConfig, arch: Arch) -> tuple[int, int, int]:
+    size = get_dtype(spec.dtype).size
+    row_bytes = tile.block_k * size
+    if row_bytes not in (64, 128):
+        raise SpecError(f"block_k={tile.block_k} is not valid for {spec.dtype}. A stage row must be 64 or 128 bytes.")
+    if tile.block_m % (16 * tile.warps_m):
+        raise SpecError(f"block_m={tile.block_m} is not valid. Must be a multiple of 16 * warps_m = {16 * tile.warps_m}.")
+    if tile.block_n % (16 * tile.warps_n):
+        raise SpecError(f"block_n={tile.block_n} is not valid. Must be a multiple of 16 * warps_n = {16 * tile.warps_n}.")
+    threads = WARP * tile.warps_m * tile.warps_n
+    if threads > 1024 or threads < 64:
+        raise SpecError(f"warps_m * warps_n = {threads // WARP} is not valid. Must be between 2 and 32 warps.")
+    if tile.stages < 2:
+        raise SpecError(f"stages={tile.stages} is not valid on {arch.name}. Must be at least 2.")
+    stage_bytes = (tile.block_m + tile.block_n) * row_bytes
+    shared_bytes = tile.stages * stage_bytes
+    if shared_bytes > arch.shared_bytes:
+        raise UnsupportedError(
+            f"stages={tile.stages} of {stage_bytes} bytes need {shared_bytes} bytes of shared memory; "
+            f"{arch.name} has {arch.shared_bytes} per block. Take fewer stages or a smaller tile."
+        )
+    return threads, stage_bytes, shared_bytes

@@ -1,0 +1,230 @@
+"""From a spec to the text of a kernel: Jinja2 chooses parts, types and numbers; everything else is C++."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jinja2
+
+from .arch import Arch, get_arch
+from .args import MOE_STRUCTS, ROUTER_STRUCTS
+from .errors import SpecError
+from .plan import KernelPlan, TileConfig, default_tile, plan_kernel
+from .spec import MoESpec
+
+if TYPE_CHECKING:
+    from .cache import CompiledKernel
+
+KernelKind = Literal["moe", "router"]
+_ACRONYM = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
+# What a kernel's text depends on; everything else in a MoESpec is a launch argument.
+_MOE_FIELDS = (
+    "hidden_size intermediate_size top_k dtype mlp activation bias swish_alpha swish_beta gate_limit up_offset weight_on"
+).split()
+_ROUTER_FIELDS = "hidden_size top_k dtype scoring renormalize group_score routed_scale".split()
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """The text of one kernel.
+
+    Attributes:
+        text: the whole translation unit.
+        name: the C symbol of the kernel.
+        arch: what it is for, ``"host"`` or ``"sm_XX"``.
+        digest: SHA-256 of the text, hexadecimal.
+        kind: ``"moe"`` or ``"router"``.
+        metadata: spec, tile and the command that reproduces the text; kept with the compiled kernel.
+    """
+
+    text: str
+    name: str
+    arch: str
+    digest: str
+    kind: KernelKind
+    metadata: dict[str, Any] = field(compare=False, repr=False)
+
+    @property
+    def suffix(self) -> str:
+        return ".cpp" if self.arch == "host" else ".cu"
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write the text to ``path`` (a file, or a folder that gets ``<name>.cu`` / ``.cpp``); return the file's path."""
+        target = Path(path)
+        if target.is_dir():
+            target = target / f"{self.name}{self.suffix}"
+        target.write_text(self.text, encoding="utf-8")
+        return target
+
+    def compile(self) -> CompiledKernel:
+        """Compile, or take the result from the cache. Needs no GPU.
+
+        Raises:
+            CompileError: no compiler on this machine, or it refused the text.
+            CacheError: the cache directory cannot be used, or a miss while ``FLASHMOE_NO_JIT=1``.
+        """
+        from .cache import Cache
+
+        return Cache().build(self.text, name=self.name, arch=self.arch, digest=self.digest, metadata=self.metadata)
+
+
+def template_dir() -> Path:
+    """The folder of the templates: inside the wheel, or beside the package in a source checkout."""
+    installed = Path(str(resources.files(__package__))) / "templates"
+    return installed if installed.is_dir() else installed.parent.parent / "templates"
+
+
+def _cpp(value: object) -> str:
+    """A C++ literal of a bool, a float or None (as 0.0)."""
+    if value is None:
+        return "0.0"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+@functools.lru_cache(maxsize=1)
+def environment() -> jinja2.Environment:
+    """The Jinja2 environment, with delimiters that do not collide with C++ and PTX."""
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template_dir()),
+        undefined=jinja2.StrictUndefined,
+        variable_start_string="${",
+        variable_end_string="}",
+        block_start_string="/*%",
+        block_end_string="%*/",
+        comment_start_string="/*#",
+        comment_end_string="#*/",
+        line_statement_prefix="//%",
+        line_comment_prefix="//#",
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    env.filters["cpp"] = _cpp
+    return env
+
+
+# The parts of a kernel in the order the data flows. "{program}" is the arch's block-program folder.
+_PROTOCOL = [
+    f"protocol/{part}.cuh"
+    for part in ("call", "scan", "planner", "dispatch", "subscriber", "rows", "scheduler", "processor", "combine")
+]
+PARTS: dict[tuple[str, str], list[str]] = {
+    ("moe", "host"): [
+        "host/platform.h", "common/constants.cuh", "host/element.h", "common/element.cuh", "common/args.cuh",
+        "common/activation.cuh", *_PROTOCOL, "host/gemm.h", "host/tasks.h", "host/moe_block.h",
+    ],
+    ("moe", "sm80"): [
+        "sm80/ptx.cuh", "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
+        "common/args.cuh", "common/activation.cuh", *_PROTOCOL, "sm80/mma.cuh", "sm80/pipeline.cuh", "sm80/tasks.cuh",
+        "sm80/moe_block.cuh",
+    ],
+    ("router", "host"): [
+        "host/platform.h", "router/constants.cuh", "host/element.h", "common/element.cuh", "common/args.cuh",
+        "router/select.cuh", "host/gemm.h", "host/router_block.h",
+    ],
+    ("router", "sm80"): [
+        "sm80/ptx.cuh", "sm80/platform.cuh", "router/constants.cuh", "sm80/element.cuh", "common/element.cuh",
+        "common/args.cuh", "router/select.cuh", "sm80/mma.cuh", "sm80/pipeline.cuh", "sm80/router_block.cuh",
+    ],
+}  # fmt: skip
+
+
+def _command(kind: str, arch: Arch, fields: dict[str, Any], tile: dict[str, Any]) -> str:
+    options = [f"--set {name}={value}" for name, value in {**fields, **tile}.items() if value is not None]
+    return " ".join(["flashmoe-gen compile", f"--kernel {kind}", f"--arch {arch.name}", *options])
+
+
+def _symbol(kind: str, spec: MoESpec, arch: Arch, digest: str) -> str:
+    shape = f"h{spec.hidden_size}" + (f"_i{spec.intermediate_size}" if kind == "moe" else "") + f"_k{spec.top_k}"
+    label = f"{spec.mlp}_{spec.activation}" if kind == "moe" else spec.scoring
+    stem = "layer" if kind == "moe" else "router"
+    return f"flashmoe_{stem}_{_ACRONYM[spec.dtype]}_{label}_{shape}_{arch.name}_{digest[:8]}"
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _table(rows: dict[str, Any]) -> list[str]:
+    width = max(map(len, rows))
+    return [f"//   {name:<{width}}  {value}" for name, value in rows.items()]
+
+
+def generate(spec: MoESpec, *, arch: str, kernel: KernelKind = "moe", tile: TileConfig | None = None) -> KernelSource:
+    """Generate the source of one kernel.
+
+    The text depends on dtype, MLP, activation, H, I, top_k, flags and tile alone (the router's on its own flags);
+    ``max_tokens``, ``world_size``, rank, expert counts, capacity and placement are launch arguments.
+
+    Args:
+        spec: what to compute.
+        arch: ``"host"`` or ``"sm_80"``, ``"sm_86"``, ``"sm_89"``, ``"sm_90a"``, ``"sm_100"``, ``"sm_103"``, ``"sm_120"``.
+        kernel: ``"moe"`` (the fused layer) or ``"router"``.
+        tile: tile configuration; default :func:`default_tile`.
+
+    Raises:
+        SpecError: the tile is impossible for this spec.
+        UnsupportedError: the arch is unknown, or the tile does not fit it.
+    """
+    target = get_arch(arch)
+    if kernel not in ("moe", "router"):
+        raise SpecError(f"kernel={kernel!r} is not valid. Must be 'moe' or 'router'.")
+    tile = tile or default_tile(spec, arch)
+    plan = plan_kernel(spec, tile, arch)
+    fields = {name: getattr(spec, name) for name in (_MOE_FIELDS if kernel == "moe" else _ROUTER_FIELDS)}
+    tiles = {name: value for name, value in vars(tile).items() if name != "combine"}
+    parts = PARTS[kernel, target.program]
+    # The symbol names the content, and the content holds the symbol: hash the parts instead of the finished text.
+    sources = [(part, _template_text(part)) for part in parts]
+    name = _symbol(kernel, spec, target, _digest(arch, fields, tiles, vars(plan), sources))
+    context = {
+        "spec": spec, "tile": tile, "plan": plan, "arch": target, "name": name,
+        "structs": MOE_STRUCTS if kernel == "moe" else ROUTER_STRUCTS,
+    }  # fmt: skip
+    command = _command(kernel, target, fields, tiles)
+    text = _header(kernel, target, name, fields, tiles, plan, command) + "".join(_render(part, context) for part in parts)
+    return KernelSource(
+        text=text,
+        name=name,
+        arch=arch,
+        digest=hashlib.sha256(text.encode()).hexdigest(),
+        kind=kernel,
+        metadata={"kernel": kernel, "spec": fields, "tile": tiles, "command": command},
+    )
+
+
+def _template_text(part: str) -> str:
+    return environment().loader.get_source(environment(), part)[0]  # type: ignore[union-attr]
+
+
+def _render(part: str, context: dict[str, Any]) -> str:
+    body = environment().get_template(part).render(context)
+    return f'\n#line 1 "{part}"\n{body}'
+
+
+def _header(
+    kind: str, arch: Arch, name: str, fields: dict[str, Any], tiles: dict[str, Any], plan: KernelPlan, command: str
+) -> str:
+    what = "the fused MoE layer: dispatch, experts and combine in one persistent kernel"
+    title = what if kind == "moe" else "the MoE router: logits, scores, top-k"
+    lines = [
+        f"// {name}",
+        f"// {title}. Generated by flashmoe_gen for {arch.name}; do not edit.",
+        "//",
+        "// Spec",
+        *_table(fields),
+        "// Tile",
+        *_table(tiles),
+        "// Plan",
+        *_table(vars(plan)),
+        "// Reproduce",
+        f"//   {command}",
+    ]
+    return "\n".join(lines) + "\n"

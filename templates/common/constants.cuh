@@ -1,0 +1,24 @@
+// ---- What this kernel is specialised for --------------------------------------------------------------------------
+constexpr int kHidden = ${spec.hidden_size};
+constexpr int kIntermediate = ${spec.intermediate_size};
+constexpr int kTopK = ${spec.top_k};
+constexpr bool kGated = ${(spec.mlp == "gated") | cpp};
+constexpr bool kBias = ${spec.bias | cpp};
+constexpr bool kWeightOnInput = ${(spec.weight_on == "input") | cpp};
+constexpr double kSwishAlpha = ${spec.swish_alpha | cpp};
+constexpr double kSwishBeta = ${spec.swish_beta | cpp};
+constexpr double kGateLimit = ${spec.gate_limit | cpp};  // 0: no clamp
+constexpr double kUpOffset = ${spec.up_offset | cpp};
+
+// ---- Tiles and tasks (computed by the planner) ----------------------------------------------------------------------
+constexpr int kBlockM = ${tile.block_m};
+constexpr int kBlockN = ${tile.block_n};
+constexpr int kBlockK = ${tile.block_k};
+constexpr int kIntermediateColumns = ${plan.intermediate_columns};  // columns of the intermediate that one GEMM1 tile makes
+constexpr int kGemm1Tiles = ${plan.gemm1_tiles};                    // column tiles of GEMM1 in one M-block
+constexpr int kGemm2Tiles = ${plan.gemm2_tiles};                    // column tiles of GEMM2 in one M-block
+constexpr int kColumnWords = ${plan.column_words};                  // 32-bit words that hold a bit per GEMM1 tile
+constexpr int kLag = ${tile.lag};                                   // M-blocks between a GEMM1 and its GEMM2 in the task order
+constexpr int kChunkTokens = ${plan.chunk_tokens};                  // tokens of one dispatch task; fixed for every kernel of a heap
+constexpr int kPlannerTokens = ${plan.planner_tokens};              // fewest tokens worth a planner of their own
+constexpr int kMaxWorldSize = ${plan.max_world_size};

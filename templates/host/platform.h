@@ -1,0 +1,108 @@
+// ---- The host: C++ types, atomics and a group of one ---------------------------------------------------------------
+#include <atomic>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#define DEVICE inline
+
+using u32 = std::uint32_t;
+using u64 = std::uint64_t;
+
+// What the launcher lends a kernel. Empty entries cost one test; the seeded explorer fills them all.
+struct HostRuntime {
+  void (*yield)();                              // let others run; called by every failed poll
+  u64 (*now_ns)();
+  void (*point)();                              // a protocol step: the explorer may switch or delay here
+  void (*put)(void*, const void*, u64 bytes);   // a store to a peer that may become visible late
+  void (*flush)();                              // all earlier puts of this thread become visible: a release
+  bool (*lost)(const void* word);               // fault injection: this signal is never delivered
+};
+static thread_local const HostRuntime* runtime = nullptr;  // set when a thread enters the kernel
+
+enum class Scope { device, system };
+
+DEVICE void protocol_point() {
+  if (runtime->point != nullptr) runtime->point();
+}
+DEVICE void before_release() {
+  if (runtime->flush != nullptr) runtime->flush();
+  protocol_point();
+}
+
+template <Scope, class T>
+DEVICE T load_acquire(const T* word) {
+  protocol_point();
+  return std::atomic_ref<T>(*const_cast<T*>(word)).load(std::memory_order_acquire);
+}
+template <Scope, class T>
+DEVICE void store_release(T* word, T value) {
+  before_release();
+  if (runtime->lost != nullptr && runtime->lost(word)) return;
+  std::atomic_ref<T>(*word).store(value, std::memory_order_release);
+}
+template <class T>
+DEVICE T load_relaxed(const T* word) {
+  return std::atomic_ref<T>(*const_cast<T*>(word)).load(std::memory_order_relaxed);
+}
+template <class T>
+DEVICE void store_relaxed(T* word, T value) {
+  std::atomic_ref<T>(*word).store(value, std::memory_order_relaxed);
+}
+template <class T>
+DEVICE T fetch_add_relaxed(T* word, T value) {
+  protocol_point();
+  return std::atomic_ref<T>(*word).fetch_add(value, std::memory_order_relaxed);
+}
+template <class T>
+DEVICE T fetch_add_acq_rel(T* word, T value) {
+  before_release();
+  return std::atomic_ref<T>(*word).fetch_add(value, std::memory_order_acq_rel);
+}
+DEVICE void fetch_or_release(u32* word, u32 bits) {
+  before_release();
+  std::atomic_ref<u32>(*word).fetch_or(bits, std::memory_order_release);
+}
+DEVICE u32 exchange_relaxed(u32* word, u32 value) {
+  return std::atomic_ref<u32>(*word).exchange(value, std::memory_order_relaxed);
+}
+
+// Stores to a peer's heap. Only a later store_release by this thread, or by one that it released to, publishes them.
+template <class T>
+DEVICE void remote_store(T* to, const T& value) {
+  if (runtime->put != nullptr) runtime->put(to, &value, sizeof(T));
+  else *to = value;
+}
+DEVICE void remote_store(u64* word, u64 value) {  // a self-contained word: polled, so it must not tear
+  if (runtime->put != nullptr) runtime->put(word, &value, sizeof value);
+  else store_relaxed(word, value);
+}
+template <class Group, class T>
+DEVICE void remote_copy(Group&, T* to, const T* from, int count) {
+  if (runtime->put != nullptr) runtime->put(to, from, sizeof(T) * u64(count));
+  else std::memcpy(to, from, sizeof(T) * u64(count));
+}
+
+DEVICE void backoff(u32) { runtime->yield(); }
+DEVICE u64 now_ns() { return runtime->now_ns(); }
+DEVICE int popcount(u32 bits) { return __builtin_popcount(bits); }
+
+struct Group {
+  static constexpr int lane = 0;
+  static constexpr int size = 1;
+  void sync() const {}
+  template <class T>
+  T broadcast(T value, int) const { return value; }
+  bool any(bool predicate) const { return predicate; }
+  u32 leading(bool predicate) const { return predicate; }                                // lanes before the first false
+  u32 exclusive_count(bool predicate, u32* total) const { *total = predicate; return 0; }  // true lanes before mine
+  void add(u32* word, u32 value) const { *word += value; }
+};
+
+using Acc = ${spec.element.accumulator};
+DEVICE Acc exp_of(Acc z) { return std::exp(z); }
+DEVICE Acc erf_of(Acc z) { return std::erf(z); }
+DEVICE Acc tanh_of(Acc z) { return std::tanh(z); }
+DEVICE Acc fma_of(Acc a, Acc b, Acc c) { return std::fma(a, b, c); }

@@ -1,0 +1,89 @@
+// ---- The two GEMM tasks on the host ---------------------------------------------------------------------------------
+struct TileScratch {  // of one processor; the padding of every row stays zero
+  std::vector<Acc> rows = std::vector<Acc>(std::size_t(kBlockM) * padded(kHidden > kIntermediate ? kHidden : kIntermediate));
+  std::vector<Acc> columns = std::vector<Acc>(2 * std::size_t(padded(kHidden > kIntermediate ? kHidden : kIntermediate)));
+  std::vector<Acc> sums = std::vector<Acc>(std::size_t(kBlockM) * 2);
+  std::vector<Row> refs = std::vector<Row>(kBlockM);
+};
+
+DEVICE void zero_padding(Acc* row, int k) {
+  for (int i = k; i < padded(k); ++i) row[i] = Acc(0);
+}
+
+// Columns [column * kIntermediateColumns, ...) of the intermediate: gate and up of one column are one pair.
+DEVICE void gemm1_tile(const Call& call, const Task& task, TileScratch& scratch) {
+  const MoEArgs& args = call.args;
+  const int rows = int(task.block.rows);
+  constexpr int kPadded = padded(kHidden);
+  for (int r = 0; r < rows; ++r) {
+    scratch.refs[r] = find_row(call, task.block.expert_slot, task.block.first_row + r);
+    convert_row(&scratch.rows[r * kPadded], input_row(call, scratch.refs[r]), 0, kHidden);
+    zero_padding(&scratch.rows[r * kPadded], kHidden);
+  }
+  const u64 expert = task.block.expert_slot;
+  const int first = int(task.column) * kIntermediateColumns;
+  const int last = first + kIntermediateColumns < kIntermediate ? first + kIntermediateColumns : kIntermediate;
+  Acc* const columns = scratch.columns.data();
+  zero_padding(columns, kHidden);
+  zero_padding(columns + kPadded, kHidden);
+  for (int n = first; n < last; ++n) {
+    const Element* up = args.up + expert * args.up_expert_stride + n * args.up_row_stride;
+    const Element* gate = kGated ? args.gate + expert * args.gate_expert_stride + n * args.gate_row_stride : up;
+    convert_row(columns, gate, 0, kHidden);
+    convert_row(columns + kPadded, up, 0, kHidden);
+    pair_products(scratch.rows.data(), rows, columns, kPadded, scratch.sums.data());
+    Acc gate_bias = 0, up_bias = 0;
+    if constexpr (kBias) {
+      up_bias = to_acc(args.up_bias[expert * args.up_bias_expert_stride + n * args.up_bias_stride]);
+      if constexpr (kGated) gate_bias = to_acc(args.gate_bias[expert * args.gate_bias_expert_stride + n * args.gate_bias_stride]);
+    }
+    for (int r = 0; r < rows; ++r) {
+      const Acc weight = Acc(scratch.refs[r].entry.weight);
+      intermediate_row(call, task.issue, r)[n] =
+          from_acc(intermediate_element(scratch.sums[r * 2], scratch.sums[r * 2 + 1], gate_bias, up_bias, weight));
+    }
+  }
+  publish_gemm1(call, task);
+}
+
+// Columns [column * kBlockN, ...) of the expert's result, two at a time. False when the call is aborted.
+DEVICE bool gemm2_tile(const Call& call, const Task& task, TileScratch& scratch) {
+  const MoEArgs& args = call.args;
+  const int rows = int(task.block.rows);
+  constexpr int kPadded = padded(kIntermediate);
+  for (int tile = 0; tile < kGemm1Tiles; ++tile) {
+    if (!wait_gemm1(call, task.issue, u32(tile))) return false;
+    const int begin = tile * kIntermediateColumns;
+    const int end = begin + kIntermediateColumns < kIntermediate ? begin + kIntermediateColumns : kIntermediate;
+    for (int r = 0; r < rows; ++r) convert_row(&scratch.rows[r * kPadded], intermediate_row(call, task.issue, r), begin, end);
+  }
+  for (int r = 0; r < rows; ++r) {
+    zero_padding(&scratch.rows[r * kPadded], kIntermediate);
+    scratch.refs[r] = find_row(call, task.block.expert_slot, task.block.first_row + r);
+  }
+  const u64 expert = task.block.expert_slot;
+  const int first = int(task.column) * kBlockN;
+  const int last = first + kBlockN < kHidden ? first + kBlockN : kHidden;
+  Acc* const columns = scratch.columns.data();
+  zero_padding(columns, kIntermediate);
+  zero_padding(columns + kPadded, kIntermediate);
+  for (int n = first; n < last; n += 2) {  // H is even: rows are multiples of 16 bytes
+    const Element* down = args.down + expert * args.down_expert_stride + n * args.down_row_stride;
+    convert_row(columns, down, 0, kIntermediate);
+    convert_row(columns + kPadded, down + args.down_row_stride, 0, kIntermediate);
+    pair_products(scratch.rows.data(), rows, columns, kPadded, scratch.sums.data());
+    for (int r = 0; r < rows; ++r) {
+      for (int c = 0; c < 2; ++c) {
+        Acc value = scratch.sums[r * 2 + c];
+        if constexpr (kBias)
+          value += to_acc(args.down_bias[expert * args.down_bias_expert_stride + (n + c) * args.down_bias_stride]);
+        remote_store(output_row(call, scratch.refs[r]) + n + c, from_acc(value));
+      }
+    }
+  }
+  if (publish_gemm2(call, task)) {
+    Group group;
+    return_rows(group, call, task.block, 0, rows);
+  }
+  return true;
+}

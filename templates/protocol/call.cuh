@@ -1,0 +1,163 @@
+// ---- One call: its epoch, its counters, and how anyone in it waits ---------------------------------------------------
+// A remote word has one writer rank and is compared by equality with {epoch, value}; nothing is reset between calls.
+// Words that a peer polls are doubled by epoch parity: a peer can be one call ahead, never two, because every call
+// waits for the counts of every rank.
+
+enum class Role : u32 { planner, scheduler, subscriber, processor };
+enum class Await : u32 { planners, counts, lists, rows, task, gemm1, returns };
+
+struct Counters {  // local to the rank; two sets, call n clears the set of call n + 1
+  u32 planners_counted;
+  u32 planners_listed;
+  u32 dispatch_ticket;
+  u32 task_ticket;
+  u32 entries;  // published task-queue entries; kClosed is set with the last
+  u32 combine_ticket;
+  u32 left;
+  u32 unused;
+  u32 arrived[kMaxWorldSize];  // per source: 0 until its lists are here, then 1 + leading dispatch chunks that are here
+};
+constexpr u32 kClosed = 0x80000000u;
+constexpr u32 kAllChunks = 0x7fffffffu;
+
+struct Call {
+  const MoEArgs& args;
+  u32 epoch;    // of the heap: what remote words of this call carry
+  u32 parity;   // of the epoch: which copy of the doubled words
+  int tokens;   // of this rank in this call
+  u32 party;    // this block (GPU) or thread (host), for the abort record
+  u32 parties;  // how many call leave()
+  Role role;
+  u32* set;       // this call's counters and the arrays behind them
+  u32* next_set;  // the ones to clear
+
+  DEVICE Counters& counters() const { return *reinterpret_cast<Counters*>(set); }
+  DEVICE u32* column_bits(u32 issue) const { return set + args.column_bits_at + u64(issue) * kColumnWords; }
+  DEVICE u32* gemm2_done(u32 issue) const { return set + args.gemm2_done_at + issue; }
+  DEVICE u32* routes_done(int source, int token) const {
+    return set + args.routes_done_at + u64(source) * args.max_tokens + token;
+  }
+  DEVICE u64 word(u32 value) const { return (u64(epoch) << 32) | value; }
+
+  template <class T>
+  DEVICE T* heap(int rank, u64 at) const { return reinterpret_cast<T*>(args.peers[rank] + at); }
+  // Words and lists that `source` writes in the heap of `rank`; all but the lists are doubled by parity.
+  DEVICE u64* count_words(int rank, int source) const {  // [0] the source's tokens, [1 + slot] rows for that expert
+    return heap<u64>(rank, args.counts_at) + (u64(parity) * kMaxWorldSize + source) * args.count_stride;
+  }
+  DEVICE u64* list_word(int rank, int source) const {
+    return heap<u64>(rank, args.list_signals_at) + parity * kMaxWorldSize + source;
+  }
+  DEVICE u64* chunk_words(int rank, int source) const {
+    return heap<u64>(rank, args.chunk_signals_at) + (u64(parity) * kMaxWorldSize + source) * args.chunk_stride;
+  }
+  DEVICE ListEntry* list(int rank, int source) const {
+    return heap<ListEntry>(rank, args.lists_at) + u64(source) * args.list_stride;
+  }
+  DEVICE int* ordinals(int rank, int source) const {
+    return heap<int>(rank, args.ordinals_at) + u64(source) * args.list_stride;
+  }
+  DEVICE Element* received_row(int rank, int source, int token) const {
+    const u64 place = source < rank ? source : source - 1;  // a rank keeps no room for its own rows
+    return heap<Element>(rank, args.rows_at + place * args.source_stride) + u64(token) * kHidden;
+  }
+  // What comes back to `rank` for one of its tokens: a row and its word, written by the owner of the expert.
+  DEVICE u64 return_index(int token, int slot) const { return u64(token) * args.return_slots + slot; }
+  DEVICE Element* return_row(int rank, int token, int slot) const {
+    return heap<Element>(rank, args.returns_at) + return_index(token, slot) * kHidden;
+  }
+  DEVICE u64* return_word(int rank, int token, int slot) const {
+    return heap<u64>(rank, args.return_signals_at) + return_index(token, slot);
+  }
+  DEVICE Control* control() const { return heap<Control>(args.rank, 0); }
+};
+
+DEVICE Call begin_call(const MoEArgs& args, u32 party, u32 parties, Role role) {
+  const u32 epoch = load_relaxed(&reinterpret_cast<Control*>(args.peers[args.rank])->epoch) + 1;
+  const u32 turn = load_relaxed(&args.state->calls) & 1;
+  int tokens = args.tokens;
+  if (args.num_tokens != nullptr) {
+    const int asked = *args.num_tokens;
+    tokens = asked < 0 ? 0 : asked < tokens ? asked : tokens;
+  }
+  return Call{args, epoch, epoch & 1, tokens, party, parties, role, args.counter_sets + u64(turn) * args.set_words,
+              args.counter_sets + u64(turn ^ 1) * args.set_words};
+}
+
+DEVICE bool aborted(const Call& call) { return load_relaxed(&call.control()->aborted) != 0; }
+
+// The first waiter that gives up writes the record; everyone else of this rank sees `aborted` and leaves.
+DEVICE void abort_call(const Call& call, Await what, u32 detail, u64 expected, u64 seen) {
+  Control* control = call.control();
+  if (exchange_relaxed(&control->claimed, 1u) != 0) return;
+  AbortRecord* record = call.args.record;
+  record->rank = call.args.rank;
+  record->block = call.party;
+  record->role = u32(call.role);
+  record->what = u32(what);
+  record->detail = detail;
+  record->expected = expected;
+  record->seen = seen;
+  store_release<Scope::system>(&record->filled, 1u);
+  store_release<Scope::device>(&control->aborted, 1u);
+}
+
+// A wait's clock: starts at the first poll that fails, so that a wait which succeeds at once never reads the time.
+struct Deadline {
+  u64 start = 0;
+  u32 polls = 0;
+
+  DEVICE bool passed(const Call& call) {
+    backoff(polls++);
+    if (call.args.timeout_ns == 0 || polls % 64 != 0) return false;
+    const u64 now = now_ns();
+    if (start == 0) start = now;
+    return now - start > u64(call.args.timeout_ns);
+  }
+};
+
+// Poll `probe() -> u64` until `ready(value)`. False when the call is aborted, by this wait or by another.
+template <class Probe, class Ready>
+DEVICE bool wait_until(const Call& call, Await what, u32 detail, u64 expected, Probe probe, Ready ready) {
+  Deadline deadline;
+  while (true) {
+    const u64 seen = probe();
+    if (ready(seen)) return true;
+    if (aborted(call)) return false;
+    if (deadline.passed(call)) {
+      abort_call(call, what, detail, expected, seen);
+      return false;
+    }
+  }
+}
+
+// Wait for a remote word of this call; its value in `*value`.
+// Pairs with the store_release (or, for self-contained words, the plain store) of the rank that writes it.
+DEVICE bool wait_word(const Call& call, Await what, u32 detail, const u64* word, u32* value = nullptr) {
+  u64 seen = 0;
+  const bool here = wait_until(
+      call, what, detail, call.epoch, [&] { return (seen = load_acquire<Scope::system>(word)) >> 32; },
+      [&](u64 epoch) { return epoch == call.epoch; });
+  if (value != nullptr) *value = u32(seen);
+  return here;
+}
+
+// The last party to leave ends the call for the rank: it poisons y after an abort and advances the epoch.
+// `clearer` of `clearers` groups clears its part of the next call's counters first.
+template <class Group>
+DEVICE void leave(Group& group, const Call& call, u32 clearer, u32 clearers) {
+  for (u64 i = clearer * group.size + group.lane; i < u64(call.args.set_words); i += u64(clearers) * group.size)
+    call.next_set[i] = 0;
+  group.sync();
+  u32 last = 0;
+  if (group.lane == 0) last = fetch_add_acq_rel(&call.counters().left, 1u) + 1 == call.parties;
+  if (!group.broadcast(last, 0)) return;
+  if (aborted(call)) {
+    for (u64 i = group.lane; i < u64(call.tokens) * kHidden; i += group.size)
+      call.args.y[i] = from_acc(quiet_nan());
+  }
+  if (group.lane == 0) {
+    store_relaxed(&call.args.state->calls, load_relaxed(&call.args.state->calls) + 1);
+    store_release<Scope::system>(&call.control()->epoch, call.epoch);
+  }
+}

@@ -1,0 +1,156 @@
+// ---- Phase 0: count the routes, send the counts, write the lists ------------------------------------------------------
+// Each planner takes a contiguous range of tokens. It counts its routes per expert, waits for the other planners of this
+// rank, and then knows where its routes stand: a route's position among the rows of its expert from this rank, in
+// token order. Counts go to every rank at once; the list entry of a route goes straight into the owner's heap, sorted by
+// expert, so the owner builds M-blocks from the counts alone. Experts are numbered here by position: rank by rank, slot by slot.
+
+struct PlannerScratch {  // per planner, num_experts words each; keys: one per lane
+  u32* count;
+  u32* total;
+  u32* base;
+  u32* offset;
+  u32* keys;
+};
+
+constexpr u32 kNoRoute = 0xffffffffu;
+
+DEVICE int num_planners(const Call& call, int processors) {
+  const int wanted = (call.tokens + kPlannerTokens - 1) / kPlannerTokens;
+  return wanted < 1 ? 1 : wanted < processors ? wanted : processors;
+}
+
+DEVICE int owner_of(const MoEArgs& args, int position) {
+  int owner = 0;
+  while (position >= args.owner_first[owner + 1]) ++owner;
+  return owner;
+}
+
+// The position of a route's expert, kNoRoute when it is masked (id < 0) or not an expert at all.
+DEVICE u32 route_position(const MoEArgs& args, u64 route) {
+  const int id = args.topk_ids[route];
+  return id < 0 || id >= args.num_experts ? kNoRoute : u32(args.expert_position[id]);
+}
+
+// The slot of the row that comes back for a route: its place in the token (combine by route), or its owner's place among
+// the token's owners (combine by rank).
+DEVICE int return_slot(const MoEArgs& args, u64 token, int j, int owner) {
+  if (!args.combine_by_rank) return j;
+  u32 before = 0;
+  for (int i = 0; i < kTopK; ++i) {
+    const u32 position = route_position(args, token * kTopK + i);
+    if (position == kNoRoute) continue;
+    const int other = owner_of(args, int(position));
+    if (other == owner) break;
+    before |= 1u << other;
+  }
+  return popcount(before);
+}
+
+template <class Group>
+DEVICE void count_routes(Group& group, const Call& call, u64 first, u64 last, u32* count) {
+  const MoEArgs& args = call.args;
+  for (int q = group.lane; q < args.num_experts; q += group.size) count[q] = 0;
+  group.sync();
+  u32 masked = 0, invalid = 0;
+  for (u64 route = first + group.lane; route < last; route += group.size) {
+    const u32 position = route_position(args, route);
+    if (position != kNoRoute) group.add(&count[position], 1u);
+    else if (args.topk_ids[route] < 0) ++masked;
+    else ++invalid;
+  }
+  if (masked) fetch_add_relaxed(&args.state->masked, u64(masked));
+  if (invalid) fetch_add_relaxed(&args.state->invalid, u64(invalid));
+  group.sync();
+}
+
+template <class Group>
+DEVICE void send_counts(Group& group, const Call& call, int planner, int planners, const u32* total) {
+  const MoEArgs& args = call.args;
+  for (int q = planner * group.size + group.lane; q < args.num_experts; q += planners * group.size) {
+    const int owner = owner_of(args, q);
+    remote_store(call.count_words(owner, args.rank) + 1 + (q - args.owner_first[owner]), call.word(total[q]));
+  }
+  if (planner != 0) return;
+  for (int rank = group.lane; rank < args.world_size; rank += group.size)
+    remote_store(call.count_words(rank, args.rank), call.word(u32(call.tokens)));
+}
+
+template <class Group>
+DEVICE void write_lists(Group& group, const Call& call, u64 first, u64 last, const PlannerScratch& scratch) {
+  const MoEArgs& args = call.args;
+  u32 dropped = 0;
+  for (u64 start = first; start < last; start += group.size) {
+    const u64 route = start + group.lane;
+    const u32 q = route < last ? route_position(args, route) : kNoRoute;
+    scratch.keys[group.lane] = q;
+    group.sync();
+    u32 earlier = 0;
+    for (int i = 0; i < group.lane; ++i) earlier += scratch.keys[i] == q;
+    const u32 position = q == kNoRoute ? 0 : scratch.base[q] + earlier;
+    group.sync();
+    if (q != kNoRoute) group.add(&scratch.base[q], 1u);
+    if (route < last) {
+      const u64 token = route / kTopK;
+      const int j = int(route % kTopK);
+      const int owner = q == kNoRoute ? -1 : owner_of(args, int(q));
+      const bool live = q != kNoRoute && position < u32(args.capacity);
+      const u32 ordinal = live ? scratch.offset[q] - scratch.offset[args.owner_first[owner]] + position : 0;
+      dropped += q != kNoRoute && !live;
+      const int slot = live ? return_slot(args, token, j, owner) : 0;
+      args.route_target[route] = live ? owner << 8 | slot : -1;
+      if (live) {
+        const ListEntry entry{u32(token) << 8 | u32(slot), args.topk_weights[route]};
+        remote_store(call.list(owner, args.rank) + ordinal, entry);
+      }
+      if (args.combine_by_rank) {  // each owner finds all its routes of a token here, in route order
+        for (int rank = 0; rank < args.world_size; ++rank)
+          remote_store(call.ordinals(rank, args.rank) + route, live && rank == owner ? int(ordinal) : -1);
+      }
+    }
+  }
+  if (dropped) fetch_add_relaxed(&args.state->dropped, u64(dropped));
+}
+
+template <class Group>
+DEVICE bool plan_routes(Group& group, const Call& call, int planner, int planners, const PlannerScratch& scratch) {
+  const MoEArgs& args = call.args;
+  const int share = (call.tokens + planners - 1) / planners;
+  const int from = planner * share < call.tokens ? planner * share : call.tokens;
+  const int to = from + share < call.tokens ? from + share : call.tokens;
+  const u64 first = u64(from) * kTopK, last = u64(to) * kTopK;
+
+  count_routes(group, call, first, last, scratch.count);
+  u32* const mine = args.planner_counts + u64(planner) * args.num_experts;
+  for (int q = group.lane; q < args.num_experts; q += group.size) mine[q] = scratch.count[q];
+  group.sync();
+  bool counted = true;
+  if (group.lane == 0) {
+    fetch_add_acq_rel(&call.counters().planners_counted, 1u);  // pairs with the wait of every other planner
+    counted = wait_until(
+        call, Await::planners, 0, u64(planners),
+        [&] { return u64(load_acquire<Scope::device>(&call.counters().planners_counted)); },
+        [&](u64 seen) { return seen == u64(planners); });
+  }
+  if (!group.broadcast(counted, 0)) return false;
+
+  for (int q = group.lane; q < args.num_experts; q += group.size) {
+    u32 total = 0, base = 0;
+    for (int other = 0; other < planners; ++other) {
+      const u32 count = args.planner_counts[u64(other) * args.num_experts + q];
+      if (other < planner) base += count;
+      total += count;
+    }
+    scratch.base[q] = base;
+    scratch.total[q] = scratch.offset[q] = total < u32(args.capacity) ? total : u32(args.capacity);
+  }
+  group.sync();
+  send_counts(group, call, planner, planners, scratch.total);
+  exclusive_scan(group, scratch.offset, scratch.count, args.num_experts);
+  write_lists(group, call, first, last, scratch);
+  group.sync();
+  if (group.lane == 0 && fetch_add_acq_rel(&call.counters().planners_listed, 1u) + 1 == u32(planners)) {
+    for (int rank = 0; rank < args.world_size; ++rank)  // pairs with the subscriber's wait for the lists
+      store_release<Scope::system>(call.list_word(rank, args.rank), call.word(u32(call.tokens)));
+  }
+  return true;
+}

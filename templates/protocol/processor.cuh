@@ -1,0 +1,56 @@
+// ---- Processors: claim a ticket, wait until its task exists, run it, publish the result -------------------------------
+enum class TaskKind : u32 { none, gemm1, gemm2, closed };
+
+struct Task {
+  TaskKind kind;
+  u32 issue;  // which M-block, in the order they entered the queue
+  u32 column; // tile
+  ReadyBlock block;
+};
+
+DEVICE u32 claim(const Call& call) { return fetch_add_relaxed(&call.counters().task_ticket, 1u); }
+
+// The task of a ticket, once the scheduler has published its entry; TaskKind::closed when there is no such task any more.
+DEVICE Task wait_ready(const Call& call, u32 ticket) {
+  constexpr u32 kTasks = kGemm1Tiles + kGemm2Tiles;
+  const u32 index = ticket / kTasks;
+  Task task{TaskKind::closed, 0, 0, {}};
+  bool exists = false;
+  const bool waited = wait_until(
+      call, Await::task, index, u64(index) + 1,
+      [&] { return u64(load_acquire<Scope::device>(&call.counters().entries)); },
+      [&](u64 entries) {
+        exists = (u32(entries) & ~kClosed) > index;
+        return exists || (u32(entries) & kClosed) != 0;
+      });
+  if (!waited || !exists) return task;
+  const QueueEntry entry = call.args.entries[index];
+  const u32 part = ticket % kTasks;
+  const bool second = part < u32(kGemm2Tiles);
+  const int issue = second ? entry.gemm2 : entry.gemm1;
+  task.kind = issue < 0 ? TaskKind::none : second ? TaskKind::gemm2 : TaskKind::gemm1;
+  if (issue < 0) return task;
+  task.issue = u32(issue);
+  task.column = second ? part : part - kGemm2Tiles;
+  task.block = call.args.ready[issue];
+  return task;
+}
+
+// A GEMM1 tile is in the ring: set its bit. Pairs with wait_gemm1().
+DEVICE void publish_gemm1(const Call& call, const Task& task) {
+  fetch_or_release(call.column_bits(task.issue) + task.column / 32, 1u << task.column % 32);
+}
+
+// GEMM2's k loop polls only for the GEMM1 tile whose columns it reads next.
+DEVICE bool wait_gemm1(const Call& call, u32 issue, u32 column) {
+  const u32* word = call.column_bits(issue) + column / 32;
+  const u32 bit = 1u << column % 32;
+  return wait_until(
+      call, Await::gemm1, column, bit, [&] { return u64(load_acquire<Scope::device>(word)); },
+      [&](u64 bits) { return (u32(bits) & bit) != 0; });
+}
+
+// A GEMM2 tile is stored; true for the one that finished the M-block, which then calls return_rows().
+DEVICE bool publish_gemm2(const Call& call, const Task& task) {
+  return fetch_add_acq_rel(call.gemm2_done(task.issue), 1u) + 1 == u32(kGemm2Tiles);
+}

@@ -1,0 +1,52 @@
+// ---- Rows of an M-block -------------------------------------------------------------------------------------------
+// The rows of one local expert are the concatenation of its segments, one per source, nearest source first (local rows
+// lead), token order within a source. An M-block is kBlockM consecutive rows of it.
+
+struct Row {
+  int source;
+  u32 ordinal;  // among all rows this source sends to this rank
+  ListEntry entry;
+
+  DEVICE int token() const { return int(entry.token_slot >> 8); }
+  DEVICE int slot() const { return int(entry.token_slot & 255u); }
+};
+
+DEVICE int source_at(const MoEArgs& args, int distance) {
+  const int source = args.rank + distance;
+  return source < args.world_size ? source : source - args.world_size;
+}
+
+DEVICE Segment& segment(const Call& call, int source, u32 expert_slot) {
+  return call.args.segments[u64(source) * call.args.local_experts + expert_slot];
+}
+
+DEVICE Row find_row(const Call& call, u32 expert_slot, u32 position) {
+  int distance = 0;
+  while (true) {
+    const int source = source_at(call.args, distance);
+    const Segment part = segment(call, source, expert_slot);
+    if (position < part.rows) {
+      const u32 ordinal = part.first + position;
+      return Row{source, ordinal, call.list(call.args.rank, source)[ordinal]};
+    }
+    position -= part.rows;
+    ++distance;
+  }
+}
+
+// Where the token's row is: in x, or in the heap where its source stored it.
+DEVICE const Element* input_row(const Call& call, const Row& row) {
+  if (row.source == call.args.rank) return call.args.x + u64(row.token()) * kHidden;
+  return call.received_row(call.args.rank, row.source, row.token());
+}
+
+// Where the expert's result goes: back to the source (combine by route), or staged until the owner has all of the token's.
+DEVICE Element* output_row(const Call& call, const Row& row) {
+  if (call.args.combine_by_rank)
+    return call.args.staged_rows + (u64(row.source) * call.args.staged_stride + row.ordinal) * kHidden;
+  return call.return_row(row.source, row.token(), row.slot());
+}
+
+DEVICE Element* intermediate_row(const Call& call, u32 issue, int row) {
+  return call.args.ring + (u64(issue % u32(call.args.ring_slots)) * kBlockM + row) * kIntermediate;
+}
