@@ -1,5 +1,6 @@
 """flashmoe_gen: generate, compile and run fused Mixture-of-Experts layers."""
 
+from . import comm, reference
 from .errors import (
     CacheError,
     CommError,
@@ -9,8 +10,33 @@ from .errors import (
     SpecError,
     UnsupportedError,
 )
+from .experts import Experts
+from .layer import LayerStats, MoELayer
 from .plan import TileConfig, default_tile
+from .presets import PRESETS
 from .render import KernelSource, generate
 from .spec import MoESpec, Placement
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "CacheError",
+    "CommError",
+    "CompileError",
+    "Experts",
+    "FlashMoEError",
+    "KernelSource",
+    "KernelTimeoutError",
+    "LayerStats",
+    "MoELayer",
+    "MoESpec",
+    "Placement",
+    "SpecError",
+    "TileConfig",
+    "UnsupportedError",
+    "comm",
+    "default_tile",
+    "generate",
+    "reference",
+]

@@ -1,8 +1,8 @@
 """The kernel cache: a folder of compiled kernels, named by everything that decides their bytes.
 
 An entry is the folder ``<arch>/<name>-<key>/`` with the source, the image, ``metadata.json`` and ``build.log``. It is
-written beside its place and renamed into it, so that it is there in full or not at all; nothing in it is ever rewritten.
-A lock per entry lets one process build while others wait. It only saves work: without it the rename still decides.
+written beside its place and renamed into it, so that it is there in full or not at all; nothing in it is rewritten. A
+lock per entry lets one process build while others wait; it only saves work: without it the rename still decides.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import filelock
 
 from . import env
-from .arch import ARCHS, get_arch
+from .arch import ARCHS
 from .compile import Image, compile_text, compiler_identity, file_stem, runs_here
 from .errors import CacheError, CompileError
 
@@ -160,7 +160,8 @@ class Cache:
                 if os.path.lexists(entry):
                     logger.warning("the cache entry %s is damaged and will be built again: %s", entry, damage)
             image = compile_text(text, name=name, arch=arch, keep_in=self.path / "failed")
-            record = _record(image, key=key, name=name, arch=arch, digest=digest, text_hash=text_hash, metadata=metadata)
+            record = {"key": key, "name": name, "arch": arch, "digest": digest, "text_sha256": text_hash}
+            record |= _describe(image) | {"metadata": metadata}
             with self._writing():
                 self._store(entry, key, text, image, record)
             self._sweep(folder)
@@ -197,8 +198,9 @@ class Cache:
     def _refuse_if_no_jit(self, name: str, arch: str, metadata: dict[str, Any]) -> None:
         if env.no_jit():
             raise CacheError(
-                f"{name} for {arch} is not in the kernel cache {self.path} (or is damaged there), and FLASHMOE_NO_JIT=1 "
-                f"forbids compiling it here. Build it with: {metadata.get('command', 'flashmoe-gen compile')}"
+                f"{name} for {arch} is not in the kernel cache {self.path} (or is damaged there), and "
+                "FLASHMOE_NO_JIT=1 forbids compiling it here. "
+                f"Build it with: {metadata.get('command', 'flashmoe-gen compile')}"
             )
 
     @contextmanager
@@ -265,15 +267,8 @@ def _image_name(arch: str) -> str:
     return "kernel.so" if arch == "host" else "kernel.cubin"
 
 
-def _record(
-    image: Image, *, key: str, name: str, arch: str, digest: str, text_hash: str, metadata: dict[str, Any]
-) -> dict[str, Any]:
+def _describe(image: Image) -> dict[str, Any]:
     return {
-        "key": key,
-        "name": name,
-        "arch": arch,
-        "digest": digest,
-        "text_sha256": text_hash,
         "compiler": image.compiler,
         "registers": image.registers,
         "spill_bytes": image.spill_bytes,
@@ -282,7 +277,6 @@ def _record(
         "created": time.time(),
         "image_sha256": hashlib.sha256(image.data).hexdigest(),
         "image_bytes": len(image.data),
-        "metadata": metadata,
     }
 
 

@@ -209,8 +209,8 @@ def _compile_nvrtc(text: str, name: str, arch: str, options: tuple[str, ...]) ->
         nvrtc.destroyProgram(program)
     seconds = time.perf_counter() - start
     kernels = cubin.usage(data).values()
-    # Two sources, so that a change of either format does not hide spills.
-    spill_bytes = max(sum(kernel.spill_bytes for kernel in kernels), cubin.logged_spill_bytes(log))
+    # The log is exact; the count from the ELF is there so that a change of the log's wording does not hide spills.
+    spill_bytes = cubin.logged_spill_bytes(log) or 4 * sum(kernel.spill_instructions for kernel in kernels)
     return Image(
         data=data,
         log=log,
@@ -224,14 +224,14 @@ def _compile_nvrtc(text: str, name: str, arch: str, options: tuple[str, ...]) ->
 
 def _nvrtc() -> Any:
     try:
-        module = importlib.import_module("cupy.cuda.nvrtc")
-        module.getVersion()  # CuPy loads libnvrtc at the first call
+        nvrtc = importlib.import_module("cupy.cuda").nvrtc
+        nvrtc.getVersion()  # CuPy loads libnvrtc at the first call
     except (ImportError, OSError, RuntimeError) as error:
         raise CompileError(
             'Compiling for a GPU needs CuPy and NVRTC: `pip install "flashmoe_gen[cu12]"` for CUDA 12 or '
             f'`pip install "flashmoe_gen[cu13]"` for CUDA 13. ({type(error).__name__}: {error})'
         ) from error
-    return module
+    return nvrtc
 
 
 def _nvrtc_version(nvrtc: Any) -> str:

@@ -18,7 +18,7 @@ _EM_CUDA = 190
 _ENTRY_SYMBOL = 0x10  # st_other bit of a __global__ function; device functions lack it
 _SIZED = 0x04  # format of an attribute that carries a payload; all others are 4 bytes in total
 _FRAME, _STACK, _REGISTERS, _ANNOTATIONS = 0x11, 0x12, 0x2F, 0x55
-_SPILL = 1  # kind of an annotation: one 4-byte spill store or reload
+_SPILL = 1  # kind of an annotation: one instruction that stores a spilled register or loads it again
 _RESERVED_SHARED = 1024  # bytes of each block that the driver takes since sm_90; the section counts them
 
 _LOGGED_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -33,14 +33,15 @@ class KernelUsage:
         frame_bytes: local memory of the kernel's own frame for one thread: spills and indexed arrays.
         stack_bytes: local memory of the kernel and the functions it calls, for one thread.
         shared_bytes: static shared memory of one block, without what the driver reserves.
-        spill_bytes: registers stored to local memory and loaded again, stores plus loads, for one thread.
+        spill_instructions: instructions that store a spilled register to local memory or load it again. Each moves
+            4 bytes, seldom more; :func:`logged_spill_bytes` has the exact bytes.
     """
 
     registers: int
     frame_bytes: int
     stack_bytes: int
     shared_bytes: int
-    spill_bytes: int
+    spill_instructions: int
 
 
 def usage(cubin: bytes) -> dict[str, KernelUsage]:
@@ -51,7 +52,7 @@ def usage(cubin: bytes) -> dict[str, KernelUsage]:
     """
     try:
         return _usage(cubin)
-    except (struct.error, LookupError, ValueError) as error:
+    except (struct.error, LookupError, ValueError, OverflowError) as error:
         raise CompileError(f"The cubin ({len(cubin)} bytes) cannot be read: {error}.") from error
 
 
@@ -88,7 +89,7 @@ def _usage(cubin: bytes) -> dict[str, KernelUsage]:
             frame_bytes=totals[_FRAME].get(index, 0),
             stack_bytes=totals[_STACK].get(index, 0),
             shared_bytes=max(shared.size - reserved, 0) if shared else 0,
-            spill_bytes=4 * _spills(cubin, sections.get(f".nv.info.{name}")),
+            spill_instructions=_spills(cubin, sections.get(f".nv.info.{name}")),
         )
     return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -117,7 +118,7 @@ _PROTOCOL = [
 ]
 PARTS: dict[tuple[str, str], list[str]] = {
     ("moe", "host"): [
-        "host/platform.h", "common/constants.cuh", "host/element.h", "common/element.cuh", "common/args.cuh",
+        "host/runtime.h", "host/platform.h", "common/constants.cuh", "host/element.h", "common/element.cuh", "common/args.cuh",
         "common/activation.cuh", *_PROTOCOL, "host/gemm.h", "host/tasks.h", "host/moe_block.h",
     ],
     ("moe", "sm80"): [
@@ -126,7 +127,7 @@ PARTS: dict[tuple[str, str], list[str]] = {
         "sm80/moe_block.cuh",
     ],
     ("router", "host"): [
-        "host/platform.h", "router/constants.cuh", "host/element.h", "common/element.cuh", "common/args.cuh",
+        "host/runtime.h", "host/platform.h", "router/constants.cuh", "host/element.h", "common/element.cuh", "common/args.cuh",
         "router/select.cuh", "host/gemm.h", "host/router_block.h",
     ],
     ("router", "sm80"): [
@@ -189,7 +190,7 @@ def generate(spec: MoESpec, *, arch: str, kernel: KernelKind = "moe", tile: Tile
         "structs": MOE_STRUCTS if kernel == "moe" else ROUTER_STRUCTS,
     }  # fmt: skip
     command = _command(kernel, target, fields, tiles)
-    text = _header(kernel, target, name, fields, tiles, plan, command) + "".join(_render(part, context) for part in parts)
+    text = _header(kernel, target, name, fields, tiles, plan, command) + render_parts(parts, context)
     return KernelSource(
         text=text,
         name=name,
@@ -204,9 +205,9 @@ def _template_text(part: str) -> str:
     return environment().loader.get_source(environment(), part)[0]  # type: ignore[union-attr]
 
 
-def _render(part: str, context: dict[str, Any]) -> str:
-    body = environment().get_template(part).render(context)
-    return f'\n#line 1 "{part}"\n{body}'
+def render_parts(parts: Sequence[str], context: dict[str, Any]) -> str:
+    """Render template parts one after the other, each marked with ``#line`` so that errors point at the template."""
+    return "".join(f'\n#line 1 "{part}"\n{environment().get_template(part).render(context)}' for part in parts)
 
 
 def _header(

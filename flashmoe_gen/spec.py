@@ -132,9 +132,10 @@ class MoESpec:
                 raise SpecError(f"{name}={value!r} is not valid. Must be a finite number.")
             object.__setattr__(self, name, float(value))
         if self.gate_limit is not None:
-            if not isinstance(self.gate_limit, (int, float)) or not 0 < self.gate_limit < math.inf:
-                raise SpecError(f"gate_limit={self.gate_limit!r} is not valid. Must be a positive number or None.")
-            object.__setattr__(self, "gate_limit", float(self.gate_limit))
+            limit = self.gate_limit
+            if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < math.inf:
+                raise SpecError(f"gate_limit={limit!r} is not valid. Must be a positive number or None.")
+            object.__setattr__(self, "gate_limit", float(limit))
         if self.mlp == "vanilla" and (self.gate_limit is not None or self.up_offset != 0.0):
             raise SpecError("gate_limit and up_offset belong to a gated MLP; mlp='vanilla' has no gate.")
         self._check_groups()
@@ -217,7 +218,7 @@ class Placement:
             twice = next(a for a, b in zip(held, held[1:]) if a == b)
             raise UnsupportedError(f"slots_per_rank holds expert {twice} more than once. Replicated experts are not supported.")
         if held != list(range(len(held))):
-            missing = next(i for i, expert in enumerate([*held, None]) if expert != i)
+            missing = min(set(range(len(held))).difference(held))
             raise SpecError(f"slots_per_rank is not valid. Expert {missing} of {len(held)} is missing.")
 
     @classmethod

@@ -2,24 +2,11 @@
 #include <atomic>
 #include <cmath>
 #include <cstddef>
-#include <cstdint>
 #include <cstring>
 #include <vector>
 
 #define DEVICE inline
 
-using u32 = std::uint32_t;
-using u64 = std::uint64_t;
-
-// What the launcher lends a kernel. Empty entries cost one test; the seeded explorer fills them all.
-struct HostRuntime {
-  void (*yield)();                              // let others run; called by every failed poll
-  u64 (*now_ns)();
-  void (*point)();                              // a protocol step: the explorer may switch or delay here
-  void (*put)(void*, const void*, u64 bytes);   // a store to a peer that may become visible late
-  void (*flush)();                              // all earlier puts of this thread become visible: a release
-  bool (*lost)(const void* word);               // fault injection: this signal is never delivered
-};
 static thread_local const HostRuntime* runtime = nullptr;  // set when a thread enters the kernel
 
 enum class Scope { device, system };

@@ -16,8 +16,8 @@ Each `.npz` holds one tiny layer in evaluation mode (shared experts set to zero,
     topk_ids, topk_weights            [T, k], as the module's router returned them (order is the module's)
     y                                 [T, H], the routed output in float64
 
-Modules run in float64; most routers of transformers compute scores in float32 whatever the input is. All inputs lie on a
-coarse grid: exact in float16 (which keeps the files small) and their router logits are exact in float32.
+Modules run in float64; most routers of transformers compute scores in float32 whatever the input is. All inputs lie on
+a coarse grid: exact in float16 (which keeps the files small) and their router logits are exact in float32.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Case:
     logit_bias: bool = False
     selection_bias: bool = False
     expert_bias: bool = False
+    x_deviation: float = 1.0
 
 
 def _cases() -> Iterator[Case]:
@@ -82,6 +83,7 @@ def _cases() -> Iterator[Case]:
         yield Case(model_type, model_type, "llama4.Llama4TextMoe", 4, fields, layout="transposed", **local)
 
     gpt_oss: dict[str, Any] = {**local, "layout": "interleaved", "logit_bias": True, "expert_bias": True}
+    gpt_oss["x_deviation"] = 3.0  # large enough for the limit of 7 to act
     limits: dict[str, dict[str, Any]] = {"gpt_oss": {}, "gpt_oss_limits": {"swiglu_limit": 1.5, "swiglu_alpha": 1.25}}
     for name, fields in limits.items():
         yield Case(name, "gpt_oss", "gpt_oss.GptOssMLP", 5, {"num_experts_per_tok": 3, **fields}, **gpt_oss)
@@ -100,11 +102,12 @@ def _cases() -> Iterator[Case]:
             {**deepseek, **fields, "topk_method": method},
             experts="n_routed_experts",
         )
-    for name, fields in {
+    biased: dict[str, dict[str, Any]] = {
         "deepseek_v3_groups": {"n_group": 4, "topk_group": 2, "norm_topk_prob": True},
-        "deepseek_v3_plain": {"n_group": 2, "topk_group": 2, "norm_topk_prob": False},
+        "deepseek_v3_plain": {"n_group": 2, "topk_group": 1, "norm_topk_prob": False},
         "glm4_moe": {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5},
-    }.items():
+    }
+    for name, fields in biased.items():
         family, module = ("glm4_moe", "Glm4MoeMoE") if name == "glm4_moe" else ("deepseek_v3", "DeepseekV3MoE")
         yield Case(
             name,
@@ -123,14 +126,14 @@ def _inputs(case: Case, rng: np.random.Generator) -> Arrays:
 
     experts = case.num_experts
     arrays = {
-        "x": grid(1 / 16, 1.0, TOKENS, HIDDEN),
+        "x": grid(1 / 16, case.x_deviation, TOKENS, HIDDEN),
         "router_weight": grid(1 / 64, 0.2, experts, HIDDEN),
         "gate": grid(1 / 32, 0.25, experts, INTERMEDIATE, HIDDEN),
         "up": grid(1 / 32, 0.25, experts, INTERMEDIATE, HIDDEN),
         "down": grid(1 / 32, 0.25, experts, HIDDEN, INTERMEDIATE),
     }
     if case.logit_bias:
-        arrays["logit_bias"] = grid(1 / 64, 0.5, experts)
+        arrays["logit_bias"] = grid(1 / 64, case.x_deviation, experts)
     if case.selection_bias:
         arrays["selection_bias"] = grid(1 / 256, 0.2, experts)
     if case.expert_bias:

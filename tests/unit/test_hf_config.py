@@ -34,13 +34,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 SHARED = {"deepseek_v2": 2, "deepseek_v3": 1, "glm4_moe": 1, "llama4_text": 1, "qwen2_moe": 1}
 
 
-def config_of(model_type: str, **changes: Any) -> dict[str, Any]:
+def config_of(model_type: str, /, **changes: Any) -> dict[str, Any]:
     """A config with some fields changed; ``...`` removes a field."""
     fields = {"model_type": model_type, **CONFIGS[model_type], **changes}
     return {name: value for name, value in fields.items() if value is not ...}
 
 
-def spec_of(model_type: str, **changes: Any) -> MoESpec:
+def spec_of(model_type: str, /, **changes: Any) -> MoESpec:
     return MoESpec.from_hf_config(config_of(model_type, **changes), max_tokens=16)
 
 
@@ -225,7 +225,7 @@ def test_bad_fields(field: str, value: Any, message: str) -> None:
 
 
 def test_flags_must_be_booleans() -> None:
-    with pytest.raises(SpecError, match="norm_topk_prob=1 .* Must be true or false"):
+    with pytest.raises(SpecError, match=r"norm_topk_prob=1 .* Must be true or false"):
         spec_of("qwen3_moe", norm_topk_prob=1)
 
 

@@ -69,7 +69,7 @@ def test_upper_limits(field: str, limit: int, needs: dict[str, Any]) -> None:
 
 def test_top_k_is_at_most_num_experts() -> None:
     assert make(top_k=8).top_k == 8
-    with pytest.raises(SpecError, match="top_k=9 is not valid. Must be between 1 and 8"):
+    with pytest.raises(SpecError, match=r"top_k=9 is not valid\. Must be between 1 and 8"):
         make(top_k=9)
 
 

@@ -1,0 +1,287 @@
+"""Ranks that work together: who they are, the symmetric heap they share, and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+
+from . import env
+from .args import ABORT_RECORD, AWAITS, ROLES
+from .errors import CommError, KernelTimeoutError, SpecError, UnsupportedError
+from .layout import HeapLayout, HeapNeeds
+from .spec import MAX_WORLD_SIZE
+
+_ALIGN = 256
+
+
+def aligned_bytes(size: int) -> np.ndarray[Any, Any]:
+    """A zeroed uint8 array of ``size`` bytes at a 256-byte boundary."""
+    raw = np.zeros(size + _ALIGN, np.uint8)
+    start = -raw.ctypes.data % _ALIGN
+    return raw[start : start + size]
+
+
+class _Group:
+    """What the in-process ranks of one communicator share."""
+
+    def __init__(self, world_size: int, heap_bytes: int | None) -> None:
+        self.world_size = world_size
+        self.heap_bytes = heap_bytes
+        self.lock = threading.Lock()
+        self.gate = threading.Barrier(world_size)
+        self.running = 0  # launches in flight
+        self.generation = 0  # counts resets and re-layouts of the heaps
+        self.failure: str | None = None
+        self.closed = False
+        self.records = [ABORT_RECORD.zeros() for _ in range(world_size)]
+        self.needs = HeapNeeds()
+        self.layout = HeapLayout.of(self.needs, world_size)
+        self.heaps: list[np.ndarray[Any, Any]] = []
+        self.exchange: dict[int, Any] = {}
+        self.carve(self.needs)
+
+    def carve(self, needs: HeapNeeds) -> None:
+        layout = HeapLayout.of(needs, self.world_size)
+        if self.heap_bytes is not None and layout.bytes > self.heap_bytes:
+            raise CommError(
+                f"heap_bytes={self.heap_bytes} is too small: the layers of this communicator need {layout.bytes} bytes per rank."
+            )
+        try:
+            heaps = [aligned_bytes(layout.bytes) for _ in range(self.world_size)]
+        except MemoryError:
+            raise CommError(f"No memory for {self.world_size} symmetric heaps of {layout.bytes} bytes.") from None
+        self.heaps, self.layout, self.needs = heaps, layout, needs
+        self.generation += 1
+
+    def clear(self) -> None:
+        for heap, record in zip(self.heaps, self.records):
+            for region in self.layout.regions.values():
+                if region.persistent:
+                    heap[region.offset : region.offset + region.bytes] = 0
+            record[:] = 0
+        self.failure = None
+        self.generation += 1
+
+    def wait(self, what: str) -> None:
+        timeout = env.timeout_s() or None
+        try:
+            self.gate.wait(timeout)
+        except threading.BrokenBarrierError:
+            with self.lock:
+                if self.gate.broken:
+                    self.gate.reset()
+            raise CommError(f"{what}: not all {self.world_size} ranks came within {timeout} s.") from None
+
+
+class Communicator:
+    """One rank's end of a group of ranks. Made by :func:`init` or :func:`local_group`, used from one thread at a time.
+
+    Attributes:
+        rank: this rank, 0 to ``world_size - 1``.
+        world_size: number of ranks.
+        local_rank: this rank among those of its machine.
+        target: ``"host"``: the ranks are threads of one process.
+    """
+
+    target = "host"
+
+    def __init__(self, group: _Group, rank: int) -> None:
+        self._group = group
+        self.rank = rank
+        self.world_size = group.world_size
+        self.local_rank = rank
+
+    def __repr__(self) -> str:
+        return f"Communicator(rank={self.rank}, world_size={self.world_size}, target={self.target!r})"
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def barrier(self) -> None:
+        """Wait until every rank is here (at most ``FLASHMOE_TIMEOUT_S``).
+
+        Raises:
+            CommError: closed, or a rank did not come.
+        """
+        self._require_open()
+        self._group.wait("barrier()")
+
+    def split(self, color: int, key: int | None = None) -> Communicator:
+        """Collective: a new communicator of the ranks that passed the same ``color``, ordered by ``key`` (default: rank).
+
+        It has a heap of its own. Raises :class:`CommError` when a rank does not take part.
+        """
+        self._require_open()
+        group = self._group
+        group.exchange[self.rank] = (color, self.rank if key is None else key)
+        group.wait("split()")
+        votes = dict(group.exchange)
+        members = sorted((vote[1], rank) for rank, vote in votes.items() if vote[0] == color)
+        ranks = [rank for _, rank in members]
+        group.wait("split()")
+        if self.rank == ranks[0]:
+            group.exchange[-1 - color] = _Group(len(ranks), group.heap_bytes)
+        group.wait("split()")
+        shared = group.exchange[-1 - color]
+        group.wait("split()")
+        group.exchange.pop(-1 - color, None)
+        return Communicator(shared, ranks.index(self.rank))
+
+    def check(self) -> None:
+        """Raise what a past call of any rank left behind; return if all is well.
+
+        Raises:
+            KernelTimeoutError: a wait of this rank passed its deadline.
+            CommError: closed, or another rank failed.
+        """
+        self._require_open()
+        record = self._group.records[self.rank][0]
+        if record["filled"]:
+            raise KernelTimeoutError(
+                rank=int(record["rank"]),
+                block=int(record["block"]),
+                role=ROLES[record["role"]],
+                waiting_for=AWAITS[record["what"]].format(detail=int(record["detail"])),
+                expected=int(record["expected"]),
+                seen=int(record["seen"]),
+            )
+        if self._group.failure is not None:
+            raise CommError(f"The communicator has failed: {self._group.failure} Call reset() on every rank.")
+
+    def reset(self) -> None:
+        """Collective: forget a failure and start afresh; every rank calls it, no call may be in flight.
+
+        Raises:
+            CommError: closed, a call is in flight, or a rank did not come.
+        """
+        self._require_open()
+        group = self._group
+        group.wait("reset()")
+        if self.rank == 0:
+            with group.lock:
+                if group.running == 0:
+                    group.clear()
+        group.wait("reset()")
+        if group.failure is not None or group.running:
+            raise CommError("reset() while a call is in flight on some rank.")
+
+    def close(self, *, abort: bool = False) -> None:
+        """Give the communicator up; every later use raises. ``abort=True`` is for failed ones: it waits for nobody."""
+        self._group.closed = True
+        self._group.gate.abort()
+
+    # What layers use -------------------------------------------------------------------------------------------------
+
+    @property
+    def generation(self) -> int:
+        """Changes whenever signals and epochs start from zero; a layer then clears its counters too."""
+        return self._group.generation
+
+    @property
+    def heap(self) -> HeapLayout:
+        """Layout of the symmetric heap."""
+        return self._group.layout
+
+    def heap_array(self, rank: int) -> np.ndarray[Any, Any]:
+        """The bytes of one rank's heap."""
+        return self._group.heaps[rank]
+
+    def heap_pointers(self) -> list[int]:
+        """Where each rank's heap starts, in this process."""
+        return [heap.ctypes.data for heap in self._group.heaps]
+
+    @property
+    def record(self) -> np.ndarray[Any, Any]:
+        """The abort record kernels of this rank fill."""
+        return self._group.records[self.rank]
+
+    def reserve(self, needs: HeapNeeds) -> None:
+        """Make the heap large enough for one more layer.
+
+        Raises:
+            CommError: closed, over ``heap_bytes``, or a call is in flight while the heap has to grow.
+        """
+        self._require_open()
+        group = self._group
+        with group.lock:
+            union = group.needs.union(needs)
+            if union == group.needs:
+                return
+            if group.running:
+                raise CommError("The heap cannot grow while a call is in flight. Make all layers before the first call.")
+            group.carve(union)
+
+    def run(self, launch: Callable[[], None]) -> None:
+        """Run one launch of this rank; afterwards a failure of it is known to the other ranks."""
+        self.check()
+        group = self._group
+        with group.lock:
+            group.running += 1
+        try:
+            launch()
+        finally:
+            with group.lock:
+                group.running -= 1
+                record = group.records[self.rank][0]
+                if record["filled"] and group.failure is None:
+                    group.failure = f"a wait of rank {self.rank} passed its deadline."
+
+    def _require_open(self) -> None:
+        if self._group.closed:
+            raise CommError("The communicator is closed.")
+
+
+def _world_of_launcher() -> tuple[str, int]:
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"):
+        value = os.environ.get(name, "")
+        if value.isdigit() and int(value) > 1:
+            return name, int(value)
+    return "", 1
+
+
+def init(
+    method: Literal["auto", "mpi", "torch", "slurm", "single"] = "auto", *, heap_bytes: int | None = None
+) -> Communicator:
+    """The communicator of this process.
+
+    Args:
+        method: ``"single"``: one rank. ``"auto"``: one rank too, unless a launcher started several processes.
+        heap_bytes: size of the symmetric heap; default: what the layers need.
+
+    Raises:
+        UnsupportedError: several processes. This version's ranks live in one process: :func:`local_group`.
+        SpecError: unknown method.
+    """
+    if method not in ("auto", "mpi", "torch", "slurm", "single"):
+        raise SpecError(f"method={method!r} is not valid. Must be 'auto', 'mpi', 'torch', 'slurm' or 'single'.")
+    variable, processes = _world_of_launcher()
+    if method in ("mpi", "torch", "slurm") or (method == "auto" and processes > 1):
+        why = f"{variable}={processes} says so; " if method == "auto" else ""
+        raise UnsupportedError(
+            f"method={method!r}: ranks in several processes are not supported ({why}it needs NVSHMEM). "
+            "Supported: 'single', and comm.local_group(world_size) for several ranks in one process."
+        )
+    return Communicator(_Group(1, heap_bytes), 0)
+
+
+def local_group(world_size: int, *, heap_bytes: int | None = None) -> list[Communicator]:
+    """In-process ranks for the host target, one communicator per rank; use each from a thread of its own.
+
+    Args:
+        world_size: 1 to 8.
+        heap_bytes: limit of one rank's symmetric heap; default: what the layers need.
+
+    Raises:
+        SpecError: ``world_size`` out of range.
+    """
+    if isinstance(world_size, bool) or not isinstance(world_size, int) or not 1 <= world_size <= MAX_WORLD_SIZE:
+        raise SpecError(f"world_size={world_size!r} is not valid. Must be between 1 and {MAX_WORLD_SIZE}.")
+    group = _Group(world_size, heap_bytes)
+    return [Communicator(group, rank) for rank in range(world_size)]

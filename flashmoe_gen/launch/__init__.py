@@ -1,0 +1,1 @@
+"""Loading and launching compiled kernels, one module per target."""

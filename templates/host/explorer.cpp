@@ -1,0 +1,176 @@
+// Runs several ranks of host kernels as fibers of ONE thread and lets a seed decide every switch, so that a run is
+// reproducible and a hang comes back with its seed. Peers' stores become visible late: each fiber buffers its puts until a
+// release of its own (or until chance publishes some of them), which is what a missing release breaks.
+#include <ucontext.h>
+
+#include <cstring>
+#include <memory>
+#include <vector>
+
+struct Launch {
+  Kernel kernel;
+  const void* args;
+};
+
+struct Put {
+  void* to;
+  std::vector<char> bytes;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  u32 rank, thread;
+  u64 wake = 0;       // not before this step
+  u64 priority = 0;
+  bool finished = false;
+  std::vector<Put> puts;
+};
+
+enum class Policy { uniform, priority, slow_rank };
+
+struct Explorer {
+  std::vector<Fiber> fibers;
+  std::vector<u64> rank_done;  // fibers of a rank that finished their call, over all calls
+  const Launch* launches;
+  u32 calls, threads;
+  ucontext_t home;
+  u32 current = 0;
+  u64 step = 0, random;
+  Policy policy;
+  u32 slow_rank;
+  const void* lost;
+};
+
+static Explorer* explorer = nullptr;
+constexpr std::size_t kStackBytes = 256 * 1024;
+
+static u64 next_random() {  // splitmix64
+  u64 z = explorer->random += 0x9e3779b97f4a7c15ull;
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+  return z ^ z >> 31;
+}
+static bool chance(u64 one_in) { return next_random() % one_in == 0; }
+
+static void publish(Fiber& fiber, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) std::memcpy(fiber.puts[i].to, fiber.puts[i].bytes.data(), fiber.puts[i].bytes.size());
+  fiber.puts.erase(fiber.puts.begin(), fiber.puts.begin() + std::ptrdiff_t(count));
+}
+
+static u32 pick() {
+  Explorer& e = *explorer;
+  while (true) {
+    u32 best = u32(e.fibers.size()), runnable = 0;
+    u64 soonest = ~0ull;
+    for (u32 i = 0; i < e.fibers.size(); ++i) {
+      const Fiber& fiber = e.fibers[i];
+      if (fiber.finished) continue;
+      if (fiber.wake > e.step) {
+        soonest = fiber.wake < soonest ? fiber.wake : soonest;
+        continue;
+      }
+      ++runnable;
+      const bool better = e.policy == Policy::priority ? best == e.fibers.size() || fiber.priority > e.fibers[best].priority
+                                                       : next_random() % runnable == 0;
+      if (better) best = i;
+    }
+    if (best < e.fibers.size()) return best;
+    if (soonest == ~0ull) return best;  // all finished
+    e.step = soonest;
+  }
+}
+
+static void switch_fiber() {
+  Explorer& e = *explorer;
+  const u32 from = e.current, to = pick();
+  if (to == from) return;
+  e.current = to;
+  swapcontext(&e.fibers[from].context, to < e.fibers.size() ? &e.fibers[to].context : &e.home);
+}
+
+static void delay() {
+  Explorer& e = *explorer;
+  Fiber& fiber = e.fibers[e.current];
+  if (chance(64)) fiber.wake = e.step + next_random() % 400;
+  if (e.policy == Policy::slow_rank && fiber.rank == e.slow_rank && chance(16)) fiber.wake = e.step + next_random() % 1500;
+  if (chance(700)) {
+    const u64 until = e.step + next_random() % 2500;
+    for (Fiber& other : e.fibers)
+      if (other.rank == fiber.rank && !other.finished) other.wake = until;
+  }
+}
+
+static void on_point() {
+  Explorer& e = *explorer;
+  ++e.step;
+  Fiber& fiber = e.fibers[e.current];
+  if (!fiber.puts.empty() && chance(8)) publish(fiber, 1 + next_random() % fiber.puts.size());
+  delay();
+  if (e.policy == Policy::priority && chance(40)) fiber.priority = next_random();
+  if (fiber.wake > e.step || chance(3)) switch_fiber();
+}
+
+static void on_yield() {  // a failed poll: somebody else must run
+  Explorer& e = *explorer;
+  ++e.step;
+  delay();
+  if (e.policy == Policy::priority) e.fibers[e.current].priority = next_random() >> 32;
+  switch_fiber();
+}
+
+static u64 simulated_ns() { return explorer->step * 1000; }
+static void on_put(void* to, const void* from, u64 bytes) {
+  const char* data = static_cast<const char*>(from);
+  explorer->fibers[explorer->current].puts.push_back({to, std::vector<char>(data, data + bytes)});
+}
+static void on_flush() {
+  Fiber& fiber = explorer->fibers[explorer->current];
+  publish(fiber, fiber.puts.size());
+}
+static bool is_lost(const void* word) { return word == explorer->lost; }
+
+static void fiber_main() {
+  static const HostRuntime runtime{on_yield, simulated_ns, on_point, on_put, on_flush, is_lost};
+  Explorer& e = *explorer;
+  Fiber& fiber = e.fibers[e.current];
+  for (u32 call = 0; call < e.calls; ++call) {
+    const Launch& launch = e.launches[fiber.rank * e.calls + call];
+    launch.kernel(launch.args, fiber.thread, e.threads, &runtime);
+    on_flush();  // the end of a kernel publishes everything
+    ++e.rank_done[fiber.rank];
+    while (e.rank_done[fiber.rank] < u64(call + 1) * e.threads) on_yield();  // calls of one rank follow each other
+  }
+  fiber.finished = true;
+  switch_fiber();
+}
+
+// launches[rank * calls + call]. Returns the protocol steps taken. One exploration at a time per process.
+extern "C" u64 flashmoe_explore(const Launch* launches, u32 ranks, u32 calls, u32 threads, u64 seed, const void* lost) {
+  Explorer e{};
+  explorer = &e;
+  e.fibers = std::vector<Fiber>(std::size_t(ranks) * threads);
+  e.rank_done.assign(ranks, 0);
+  e.launches = launches;
+  e.calls = calls;
+  e.threads = threads;
+  e.random = seed * 0x2545f4914f6cdd1dull + 1;
+  e.policy = Policy(seed % 3);
+  e.slow_rank = u32(next_random() % ranks);
+  e.lost = lost;
+  for (u32 i = 0; i < e.fibers.size(); ++i) {
+    Fiber& fiber = e.fibers[i];
+    fiber.rank = i / threads;
+    fiber.thread = i % threads;
+    fiber.priority = next_random();
+    fiber.stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    makecontext(&fiber.context, fiber_main, 0);
+  }
+  e.current = pick();
+  swapcontext(&e.home, &e.fibers[e.current].context);
+  explorer = nullptr;
+  return e.step;
+}
