@@ -34,7 +34,8 @@ class KernelUsage:
         stack_bytes: local memory of the kernel and the functions it calls, for one thread.
         shared_bytes: static shared memory of one block, without what the driver reserves.
         spill_instructions: instructions that store a spilled register to local memory or load it again. Each moves
-            4 bytes, seldom more; :func:`logged_spill_bytes` has the exact bytes.
+            4 bytes, seldom more; :func:`logged_spill_bytes` has the exact bytes. 0 from old compilers (NVRTC 12.4),
+            which do not mark them.
     """
 
     registers: int
@@ -77,7 +78,7 @@ def _usage(cubin: bytes) -> dict[str, KernelUsage]:
         if attribute in totals:
             index, value = struct.unpack_from("<II", payload)
             totals[attribute][index] = value
-    reserved = _RESERVED_SHARED if ".nv.shared.reserved.0" in sections else 0
+    reserved = _RESERVED_SHARED if _compute_capability(cubin) >= 90 else 0
     result = {}
     for index, registers in totals[_REGISTERS].items():
         name, is_kernel = symbols[index]
@@ -92,6 +93,11 @@ def _usage(cubin: bytes) -> dict[str, KernelUsage]:
             spill_instructions=_spills(cubin, sections.get(f".nv.info.{name}")),
         )
     return result
+
+
+def _compute_capability(cubin: bytes) -> int:
+    old_abi = cubin[8] < 8  # the flags of the ELF header begin with the architecture; newer ones have it a byte later
+    return cubin[48] if old_abi else cubin[49]
 
 
 def _sections(cubin: bytes) -> dict[str, _Section]:

@@ -48,9 +48,10 @@ def target() -> str | None:
     return value or None
 
 
-def keep_source() -> bool:
-    """``FLASHMOE_KEEP_SOURCE``: keep the source of a kernel that failed to compile even in a temporary cache."""
-    return _flag("FLASHMOE_KEEP_SOURCE")
+def keep_source() -> Path | None:
+    """``FLASHMOE_KEEP_SOURCE``: a folder that gets a copy of the source of every kernel that is compiled or looked up."""
+    value = os.environ.get("FLASHMOE_KEEP_SOURCE")
+    return Path(value).expanduser() if value else None
 
 
 def no_jit() -> bool:

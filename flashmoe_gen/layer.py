@@ -48,6 +48,15 @@ class LayerStats:
     padding: int
 
 
+@dataclass(frozen=True)
+class PackedCall:
+    """The arguments of one call, the array it writes, and what must stay alive meanwhile."""
+
+    args: np.ndarray[Any, Any]
+    result: Any
+    keep: tuple[Any, ...]
+
+
 class MoELayer:
     """One rank's fused MoE layer: generates and compiles its kernels when made, then runs without allocating.
 
@@ -90,7 +99,6 @@ class MoELayer:
         self._router: Router | None = None
         self._processors = default_processors(spec.world_size)
         self._closed = False
-        self._routes = 0
         self.comm.reserve(HeapNeeds.of(spec, self._combine))
         self.set_placement(placement or Placement.default(spec.num_experts, spec.world_size))
 
@@ -138,6 +146,10 @@ class MoELayer:
     def local_experts(self) -> int:
         """Experts this rank holds."""
         return len(self.placement.local_experts(self.comm.rank))
+
+    @property
+    def _threads(self) -> int:
+        return self._processors + SCHEDULER_THREADS
 
     @property
     def workspace_bytes(self) -> int:
@@ -199,6 +211,14 @@ class MoELayer:
         self._require_open()
         if stream is not None:
             raise SpecError("stream= is not valid for target='host'.")
+        packed = self._pack(x, topk_ids, topk_weights, experts, out, num_tokens)
+        self.comm.run(lambda: self._kernel.launch(self._bind(packed), self._threads))
+        return arrays.exported(packed.result, x) if out is None else out
+
+    def _pack(
+        self, x: Any, topk_ids: Any, topk_weights: Any, experts: Experts, out: Any, num_tokens: Any
+    ) -> PackedCall:
+        """Check the arguments of a call and pack them."""
         spec = self.spec
         tokens = arrays.checked(x, "x", (None, spec.hidden_size), spec.dtype)
         count = tokens.shape[0]
@@ -215,27 +235,23 @@ class MoELayer:
         if y.read_only:
             raise SpecError("out is read-only.")
         args = self._args.copy()
-        token_count = np.array([limit], np.int32)
         for name, value in experts.arguments(spec, self.local_experts).items():
             args[name] = value
         for name, view in (("x", tokens), ("topk_ids", ids), ("topk_weights", weights), ("y", y)):
             args[name] = view.pointer
-        args["num_tokens"] = token_count.ctypes.data
-        args["tokens"] = count
-        self._launch(args)
-        return arrays.exported(result, x) if out is None else out
+        args["tokens"] = limit
+        return PackedCall(args, result, (tokens, ids, weights, y, experts))
 
     def stats(self) -> LayerStats:
         """Counts since the layer was made."""
         self._require_open()
         state = self._region("state").view(STATE.dtype)[0]
         rows, blocks = int(state["rows"]), int(state["blocks"])
-        masked, dropped = int(state["masked"]), int(state["dropped"])
         return LayerStats(
             calls=int(state["calls"]),
-            routes=self._routes - masked - dropped,
-            masked=masked,
-            dropped=dropped,
+            routes=int(state["routes"]),
+            masked=int(state["masked"]),
+            dropped=int(state["dropped"]),
             rows=rows,
             blocks=blocks,
             padding=blocks * self.tile.block_m - rows,
@@ -284,21 +300,9 @@ class MoELayer:
         args["return_slots"] = return_slots(spec, self._combine)
         return args
 
-    def _launch(self, args: np.ndarray[Any, Any]) -> None:
-        self._bind(args)
-
-        def launch() -> None:
-            self._kernel.launch(args, self._processors + SCHEDULER_THREADS)
-
-        self.comm.run(launch)
-        self._routes += self._live_tokens(args) * self.spec.top_k
-
-    @staticmethod
-    def _live_tokens(args: np.ndarray[Any, Any]) -> int:
-        return int(np.frombuffer((np.ctypeslib.ctypes.c_int32 * 1).from_address(int(args["num_tokens"][0])), np.int32)[0])
-
-    def _bind(self, args: np.ndarray[Any, Any]) -> None:
+    def _bind(self, packed: PackedCall) -> np.ndarray[Any, Any]:
         """Fill in where the heap lies now; start from clean counters when its signals did."""
+        args = packed.args
         if self._generation != self.comm.generation:
             self._generation = self.comm.generation
             for name in ("counter_sets", "appended"):
@@ -308,6 +312,7 @@ class MoELayer:
             args[name] = value
         args["peers"][0, : self.spec.world_size] = self.comm.heap_pointers()
         args["timeout_ns"] = int(env.timeout_s() * 1e9)
+        return args
 
 
 def _resolve_target(target: str | None, communicator: comm.Communicator | None) -> str:

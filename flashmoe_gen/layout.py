@@ -96,7 +96,6 @@ class HeapLayout:
         parts = [
             ("control", CONTROL.size, True),
             ("counts", 2 * sources * COUNT_STRIDE * word, True),
-            ("list_signals", 2 * sources * word, True),
             ("chunk_signals", 2 * sources * chunks * word, True),
             ("return_signals", needs.returns * word, True),
             ("lists", world_size * needs.routes * LIST_ENTRY.size, False),

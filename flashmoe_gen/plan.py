@@ -9,11 +9,12 @@ from typing import Literal
 from .arch import Arch, get_arch
 from .dtypes import get_dtype
 from .errors import SpecError, UnsupportedError
-from .spec import MAX_WORLD_SIZE, MoESpec
+from .spec import MAX_EXPERTS, MAX_WORLD_SIZE, MoESpec
 
 CHUNK_TOKENS = 16  # tokens of one dispatch task: a signal's meaning, so the same for every kernel of a heap
 PLANNER_TOKENS = 32  # fewest tokens worth a planner of their own
 WARP = 32
+_DRIVER_BYTES = 1024  # shared memory the driver takes of every block
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ class KernelPlan:
         column_words: 32-bit words that hold one bit per GEMM1 tile.
         threads: threads of a block (GPU), 0 on the host.
         stage_bytes: shared memory of one pipeline stage.
+        work_bytes: shared memory of whoever works: the stages, a staged tile, or the planner's and the scheduler's scratch.
         shared_bytes: dynamic shared memory of a block.
+        min_blocks: blocks of a multiprocessor that the registers are limited for.
     """
 
     intermediate_columns: int
@@ -120,7 +123,9 @@ class KernelPlan:
     column_words: int
     threads: int
     stage_bytes: int
+    work_bytes: int
     shared_bytes: int
+    min_blocks: int
     chunk_tokens: int = CHUNK_TOKENS
     planner_tokens: int = PLANNER_TOKENS
     max_world_size: int = MAX_WORLD_SIZE
@@ -150,21 +155,17 @@ def plan_kernel(spec: MoESpec, tile: TileConfig, arch: str) -> KernelPlan:
     columns = tile.block_n // 2 if spec.mlp == "gated" and not target.is_host else tile.block_n
     gemm1_tiles = _ceil(spec.intermediate_size, columns)
     gemm2_tiles = _ceil(spec.hidden_size, tile.block_n)
-    threads = stage_bytes = shared_bytes = 0
-    if not target.is_host:
-        threads, stage_bytes, shared_bytes = _plan_mma(spec, tile, target)
+    mma = {} if target.is_host else _plan_mma(spec, tile, target)
     return KernelPlan(
         intermediate_columns=columns,
         gemm1_tiles=gemm1_tiles,
         gemm2_tiles=gemm2_tiles,
         column_words=_ceil(gemm1_tiles, 32),
-        threads=threads,
-        stage_bytes=stage_bytes,
-        shared_bytes=shared_bytes,
+        **{name: mma.get(name, 0) for name in ("threads", "stage_bytes", "work_bytes", "shared_bytes", "min_blocks")},
     )
 
 
-def _plan_mma(spec: MoESpec, tile: TileConfig, arch: Arch) -> tuple[int, int, int]:
+def _plan_mma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, int]:
     size = get_dtype(spec.dtype).size
     row_bytes = tile.block_k * size
     if row_bytes not in (64, 128):
@@ -173,16 +174,66 @@ def _plan_mma(spec: MoESpec, tile: TileConfig, arch: Arch) -> tuple[int, int, in
         raise SpecError(f"block_m={tile.block_m} is not valid. Must be a multiple of 16 * warps_m = {16 * tile.warps_m}.")
     if tile.block_n % (16 * tile.warps_n):
         raise SpecError(f"block_n={tile.block_n} is not valid. Must be a multiple of 16 * warps_n = {16 * tile.warps_n}.")
-    threads = WARP * tile.warps_m * tile.warps_n
-    if threads > 1024 or threads < 64:
-        raise SpecError(f"warps_m * warps_n = {threads // WARP} is not valid. Must be between 2 and 32 warps.")
+    warps = tile.warps_m * tile.warps_n
+    if warps > 16 or warps % 2:
+        raise SpecError(f"warps_m * warps_n = {warps} is not valid. Must be an even number of warps, at most 16.")
     if tile.stages < 2:
         raise SpecError(f"stages={tile.stages} is not valid on {arch.name}. Must be at least 2.")
+    threads = WARP * (warps + 1)  # one warp fetches tasks
     stage_bytes = (tile.block_m + tile.block_n) * row_bytes
-    shared_bytes = tile.stages * stage_bytes
+    staged_tile = tile.block_m * (tile.block_n + 8) * size  # rows are padded against bank conflicts
+    planner = 4 * (4 * MAX_EXPERTS + threads)  # PlannerScratch; the scheduler and subscriber need less
+    work_bytes = _ceil(max(tile.stages * stage_bytes, staged_tile, planner), 128) * 128
+    shared_bytes = work_bytes + 2 * (32 + 12 * tile.block_m) + 16  # struct BlockState: two task slots with their rows
     if shared_bytes > arch.shared_bytes:
         raise UnsupportedError(
             f"stages={tile.stages} of {stage_bytes} bytes need {shared_bytes} bytes of shared memory; "
             f"{arch.name} has {arch.shared_bytes} per block. Take fewer stages or a smaller tile."
         )
-    return threads, stage_bytes, shared_bytes
+    # The driver takes 1 KiB of each block; what is left of a multiprocessor is what one block may use.
+    fits_twice = 2 * shared_bytes + _DRIVER_BYTES <= arch.shared_bytes
+    min_blocks = 2 if fits_twice and threads <= WARP * 9 else 1
+    return {
+        "threads": threads,
+        "stage_bytes": stage_bytes,
+        "work_bytes": work_bytes,
+        "shared_bytes": shared_bytes,
+        "min_blocks": min_blocks,
+    }
+
+
+@dataclass(frozen=True)
+class RouterPlan:
+    """The numbers of one router kernel. It has no tile to choose, and any number of threads or blocks may run it.
+
+    Attributes:
+        block_tokens: tokens whose logits are made together; on a GPU each such group has a counter word.
+        block_experts: experts of the narrowest tile (GPU), 0 on the host.
+        threads: threads of a block (GPU), 0 on the host.
+        max_experts: the most experts a launch may ask for.
+    """
+
+    block_tokens: int
+    block_experts: int
+    threads: int
+    max_experts: int = MAX_EXPERTS
+
+    def counter_words(self, tokens: int) -> int:
+        """32-bit words of ``RouterArgs.counters``: zero before the first call, and left zero by every call."""
+        return _ceil(tokens, self.block_tokens) if self.threads else 0
+
+    def blocks(self, tokens: int, experts: int, multiprocessors: int) -> int:
+        """Blocks worth launching (GPU): the kernel walks over its tiles in steps of the grid, whatever that is."""
+        tiles = _ceil(tokens, self.block_tokens) * _ceil(experts, self.block_experts)
+        return max(1, min(tiles, multiprocessors))
+
+
+def plan_router(arch: str) -> RouterPlan:
+    """Compute the plan of the router kernel.
+
+    Raises:
+        UnsupportedError: the arch is unknown.
+    """
+    if get_arch(arch).is_host:
+        return RouterPlan(block_tokens=32, block_experts=0, threads=0)
+    return RouterPlan(block_tokens=16, block_experts=8, threads=8 * WARP)  # one fragment of the matrix units

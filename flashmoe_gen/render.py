@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 
+from . import env
 from .arch import Arch, get_arch
 from .args import MOE_STRUCTS, ROUTER_STRUCTS
 from .errors import SpecError
-from .plan import KernelPlan, TileConfig, default_tile, plan_kernel
+from .plan import KernelPlan, RouterPlan, TileConfig, default_tile, plan_kernel, plan_router
 from .spec import MoESpec
 
 if TYPE_CHECKING:
@@ -72,6 +73,9 @@ class KernelSource:
         """
         from .cache import Cache
 
+        if folder := env.keep_source():
+            folder.mkdir(parents=True, exist_ok=True)
+            self.write(folder)
         return Cache().build(self.text, name=self.name, arch=self.arch, digest=self.digest, metadata=self.metadata)
 
 
@@ -132,7 +136,7 @@ PARTS: dict[tuple[str, str], list[str]] = {
     ],
     ("router", "sm80"): [
         "sm80/ptx.cuh", "sm80/platform.cuh", "router/constants.cuh", "sm80/element.cuh", "common/element.cuh",
-        "common/args.cuh", "router/select.cuh", "sm80/mma.cuh", "sm80/pipeline.cuh", "sm80/router_block.cuh",
+        "common/args.cuh", "router/select.cuh", "sm80/router_block.cuh",
     ],
 }  # fmt: skip
 
@@ -168,7 +172,7 @@ def generate(spec: MoESpec, *, arch: str, kernel: KernelKind = "moe", tile: Tile
         spec: what to compute.
         arch: ``"host"`` or ``"sm_80"``, ``"sm_86"``, ``"sm_89"``, ``"sm_90a"``, ``"sm_100"``, ``"sm_103"``, ``"sm_120"``.
         kernel: ``"moe"`` (the fused layer) or ``"router"``.
-        tile: tile configuration; default :func:`default_tile`.
+        tile: tile configuration; default :func:`default_tile`. The router has none.
 
     Raises:
         SpecError: the tile is impossible for this spec.
@@ -177,10 +181,15 @@ def generate(spec: MoESpec, *, arch: str, kernel: KernelKind = "moe", tile: Tile
     target = get_arch(arch)
     if kernel not in ("moe", "router"):
         raise SpecError(f"kernel={kernel!r} is not valid. Must be 'moe' or 'router'.")
-    tile = tile or default_tile(spec, arch)
-    plan = plan_kernel(spec, tile, arch)
+    plan: KernelPlan | RouterPlan
+    tiles: dict[str, Any] = {}
+    if kernel == "router":  # one tiling for every spec
+        plan = plan_router(arch)
+    else:
+        tile = tile or default_tile(spec, arch)
+        plan = plan_kernel(spec, tile, arch)
+        tiles = {name: value for name, value in vars(tile).items() if name != "combine"}
     fields = {name: getattr(spec, name) for name in (_MOE_FIELDS if kernel == "moe" else _ROUTER_FIELDS)}
-    tiles = {name: value for name, value in vars(tile).items() if name != "combine"}
     parts = PARTS[kernel, target.program]
     # The symbol names the content, and the content holds the symbol: hash the parts instead of the finished text.
     sources = [(part, _template_text(part)) for part in parts]
@@ -211,7 +220,7 @@ def render_parts(parts: Sequence[str], context: dict[str, Any]) -> str:
 
 
 def _header(
-    kind: str, arch: Arch, name: str, fields: dict[str, Any], tiles: dict[str, Any], plan: KernelPlan, command: str
+    kind: str, arch: Arch, name: str, fields: dict[str, Any], tiles: dict[str, Any], plan: KernelPlan | RouterPlan, command: str
 ) -> str:
     what = "the fused MoE layer: dispatch, experts and combine in one persistent kernel"
     title = what if kind == "moe" else "the MoE router: logits, scores, top-k"
@@ -221,8 +230,7 @@ def _header(
         "//",
         "// Spec",
         *_table(fields),
-        "// Tile",
-        *_table(tiles),
+        *(["// Tile", *_table(tiles)] if tiles else []),
         "// Plan",
         *_table(vars(plan)),
         "// Reproduce",

@@ -1,6 +1,7 @@
 // Runs several ranks of host kernels as fibers of ONE thread and lets a seed decide every switch, so that a run is
-// reproducible and a hang comes back with its seed. Peers' stores become visible late: each fiber buffers its puts until a
-// release of its own (or until chance publishes some of them), which is what a missing release breaks.
+// reproducible and a hang comes back with its seed. Stores to heaps become visible late: a fiber's puts wait for a release of
+// its own, and those to peers for a release of system scope by its rank (or for chance, which publishes some of them
+// early). A missing release, or one of too narrow a scope, therefore shows.
 #include <ucontext.h>
 
 #include <cstring>
@@ -10,6 +11,11 @@
 struct Launch {
   Kernel kernel;
   const void* args;
+};
+
+struct Heap {
+  char* base;
+  u64 bytes;
 };
 
 struct Put {
@@ -31,8 +37,10 @@ enum class Policy { uniform, priority, slow_rank };
 
 struct Explorer {
   std::vector<Fiber> fibers;
+  std::vector<std::vector<Put>> outbox;  // per rank: puts to peers, released to the rank but not yet to the system
   std::vector<u64> rank_done;  // fibers of a rank that finished their call, over all calls
   const Launch* launches;
+  const Heap* heaps;
   u32 calls, threads;
   ucontext_t home;
   u32 current = 0;
@@ -53,9 +61,17 @@ static u64 next_random() {  // splitmix64
 }
 static bool chance(u64 one_in) { return next_random() % one_in == 0; }
 
-static void publish(Fiber& fiber, std::size_t count) {
-  for (std::size_t i = 0; i < count; ++i) std::memcpy(fiber.puts[i].to, fiber.puts[i].bytes.data(), fiber.puts[i].bytes.size());
-  fiber.puts.erase(fiber.puts.begin(), fiber.puts.begin() + std::ptrdiff_t(count));
+static void publish(std::vector<Put>& puts, std::size_t count) {  // the oldest ones: stores to one word keep their order
+  for (std::size_t i = 0; i < count; ++i) std::memcpy(puts[i].to, puts[i].bytes.data(), puts[i].bytes.size());
+  puts.erase(puts.begin(), puts.begin() + std::ptrdiff_t(count));
+}
+
+static bool is_remote(u32 rank, const void* to) {
+  for (u32 peer = 0; peer < explorer->outbox.size(); ++peer) {
+    const Heap& heap = explorer->heaps[peer];
+    if (to >= heap.base && to < heap.base + heap.bytes) return peer != rank;
+  }
+  return false;
 }
 
 static u32 pick() {
@@ -105,7 +121,8 @@ static void on_point() {
   Explorer& e = *explorer;
   ++e.step;
   Fiber& fiber = e.fibers[e.current];
-  if (!fiber.puts.empty() && chance(8)) publish(fiber, 1 + next_random() % fiber.puts.size());
+  std::vector<Put>& outbox = e.outbox[fiber.rank];
+  if (!outbox.empty() && chance(16)) publish(outbox, 1 + next_random() % outbox.size());
   delay();
   if (e.policy == Policy::priority && chance(40)) fiber.priority = next_random();
   if (fiber.wake > e.step || chance(3)) switch_fiber();
@@ -124,9 +141,15 @@ static void on_put(void* to, const void* from, u64 bytes) {
   const char* data = static_cast<const char*>(from);
   explorer->fibers[explorer->current].puts.push_back({to, std::vector<char>(data, data + bytes)});
 }
-static void on_flush() {
+static void on_flush(bool system) {
   Fiber& fiber = explorer->fibers[explorer->current];
-  publish(fiber, fiber.puts.size());
+  std::vector<Put>& outbox = explorer->outbox[fiber.rank];
+  for (Put& put : fiber.puts) {
+    if (is_remote(fiber.rank, put.to)) outbox.push_back(std::move(put));
+    else std::memcpy(put.to, put.bytes.data(), put.bytes.size());
+  }
+  fiber.puts.clear();
+  if (system) publish(outbox, outbox.size());
 }
 static bool is_lost(const void* word) { return word == explorer->lost; }
 
@@ -137,7 +160,7 @@ static void fiber_main() {
   for (u32 call = 0; call < e.calls; ++call) {
     const Launch& launch = e.launches[fiber.rank * e.calls + call];
     launch.kernel(launch.args, fiber.thread, e.threads, &runtime);
-    on_flush();  // the end of a kernel publishes everything
+    on_flush(true);  // the end of a kernel publishes everything
     ++e.rank_done[fiber.rank];
     while (e.rank_done[fiber.rank] < u64(call + 1) * e.threads) on_yield();  // calls of one rank follow each other
   }
@@ -145,13 +168,16 @@ static void fiber_main() {
   switch_fiber();
 }
 
-// launches[rank * calls + call]. Returns the protocol steps taken. One exploration at a time per process.
-extern "C" u64 flashmoe_explore(const Launch* launches, u32 ranks, u32 calls, u32 threads, u64 seed, const void* lost) {
+// launches[rank * calls + call], heaps[rank]. Returns the protocol steps taken. One exploration at a time per process.
+extern "C" u64 flashmoe_explore(const Launch* launches, const Heap* heaps, u32 ranks, u32 calls, u32 threads, u64 seed,
+                               const void* lost) {
   Explorer e{};
   explorer = &e;
   e.fibers = std::vector<Fiber>(std::size_t(ranks) * threads);
   e.rank_done.assign(ranks, 0);
   e.launches = launches;
+  e.heaps = heaps;
+  e.outbox.resize(ranks);
   e.calls = calls;
   e.threads = threads;
   e.random = seed * 0x2545f4914f6cdd1dull + 1;

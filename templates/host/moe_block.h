@@ -30,7 +30,8 @@ extern "C" void ${name}(const void* packed, u32 thread, u32 threads, const HostR
     const SchedulerScratch scratch{&words[0], &words[args.local_experts], &words[args.local_experts * 2]};
     schedule(group, call, scratch);
   } else if (role == Role::subscriber) {
-    subscribe(group, call);
+    u32 arrived[kMaxWorldSize];
+    subscribe(group, call, arrived);
   } else {
     process(group, call, int(thread) - 2, int(threads) - 2);
   }

@@ -14,8 +14,8 @@ enum class Scope { device, system };
 DEVICE void protocol_point() {
   if (runtime->point != nullptr) runtime->point();
 }
-DEVICE void before_release() {
-  if (runtime->flush != nullptr) runtime->flush();
+DEVICE void before_release(Scope scope) {
+  if (runtime->flush != nullptr) runtime->flush(scope == Scope::system);
   protocol_point();
 }
 
@@ -24,9 +24,9 @@ DEVICE T load_acquire(const T* word) {
   protocol_point();
   return std::atomic_ref<T>(*const_cast<T*>(word)).load(std::memory_order_acquire);
 }
-template <Scope, class T>
+template <Scope scope, class T>
 DEVICE void store_release(T* word, T value) {
-  before_release();
+  before_release(scope);
   if (runtime->lost != nullptr && runtime->lost(word)) return;
   std::atomic_ref<T>(*word).store(value, std::memory_order_release);
 }
@@ -45,11 +45,11 @@ DEVICE T fetch_add_relaxed(T* word, T value) {
 }
 template <class T>
 DEVICE T fetch_add_acq_rel(T* word, T value) {
-  before_release();
+  before_release(Scope::device);
   return std::atomic_ref<T>(*word).fetch_add(value, std::memory_order_acq_rel);
 }
 DEVICE void fetch_or_release(u32* word, u32 bits) {
-  before_release();
+  before_release(Scope::device);
   std::atomic_ref<u32>(*word).fetch_or(bits, std::memory_order_release);
 }
 DEVICE u32 exchange_relaxed(u32* word, u32 value) {
@@ -75,6 +75,7 @@ DEVICE void remote_copy(Group&, T* to, const T* from, int count) {
 DEVICE void backoff(u32) { runtime->yield(); }
 DEVICE u64 now_ns() { return runtime->now_ns(); }
 DEVICE int popcount(u32 bits) { return __builtin_popcount(bits); }
+DEVICE int lowest_bit(u32 bits) { return __builtin_ctz(bits); }
 
 struct Group {
   static constexpr int lane = 0;

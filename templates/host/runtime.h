@@ -9,7 +9,7 @@ struct HostRuntime {  // the explorer fills every entry; in a plain launch all b
   u64 (*now_ns)();
   void (*point)();                              // a protocol step: the explorer may switch or delay here
   void (*put)(void* to, const void* from, u64 bytes);  // a store to a peer that may become visible late
-  void (*flush)();                              // all earlier puts of this thread become visible: a release
+  void (*flush)(bool system);                   // a release: this thread's puts become visible, to peers if `system`
   bool (*lost)(const void* word);               // fault injection: this signal is never delivered
 };
 

@@ -4,7 +4,7 @@
 // waits for the counts of every rank.
 
 enum class Role : u32 { planner, scheduler, subscriber, processor };
-enum class Await : u32 { planners, counts, lists, rows, task, gemm1, returns };
+enum class Await : u32 { planners, counts, rows, task, gemm1, returns };
 
 struct Counters {  // local to the rank; two sets, call n clears the set of call n + 1
   u32 planners_counted;
@@ -15,7 +15,7 @@ struct Counters {  // local to the rank; two sets, call n clears the set of call
   u32 combine_ticket;
   u32 left;
   u32 unused;
-  u32 arrived[kMaxWorldSize];  // per source: 0 until its lists are here, then 1 + leading dispatch chunks that are here
+  u32 arrived[kMaxWorldSize];  // per source: leading dispatch chunks that are here, kAllChunks when all are
 };
 constexpr u32 kClosed = 0x80000000u;
 constexpr u32 kAllChunks = 0x7fffffffu;
@@ -44,9 +44,6 @@ struct Call {
   // Words and lists that `source` writes in the heap of `rank`; all but the lists are doubled by parity.
   DEVICE u64* count_words(int rank, int source) const {  // [0] the source's tokens, [1 + slot] rows for that expert
     return heap<u64>(rank, args.counts_at) + (u64(parity) * kMaxWorldSize + source) * args.count_stride;
-  }
-  DEVICE u64* list_word(int rank, int source) const {
-    return heap<u64>(rank, args.list_signals_at) + parity * kMaxWorldSize + source;
   }
   DEVICE u64* chunk_words(int rank, int source) const {
     return heap<u64>(rank, args.chunk_signals_at) + (u64(parity) * kMaxWorldSize + source) * args.chunk_stride;

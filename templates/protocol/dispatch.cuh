@@ -34,7 +34,7 @@ DEVICE void dispatch_chunk(Group& group, const Call& call, int chunk) {
 template <class Group>
 DEVICE bool dispatch(Group& group, const Call& call, int planners) {
   bool listed = true;
-  if (group.lane == 0) {  // which routes are live is known once every planner of this rank is done
+  if (group.lane == 0) {  // every list of this rank is written: rows follow them, and their signals publish both
     listed = wait_until(
         call, Await::planners, 1, u64(planners),
         [&] { return u64(load_acquire<Scope::device>(&call.counters().planners_listed)); },

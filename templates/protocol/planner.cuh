@@ -78,7 +78,7 @@ DEVICE void send_counts(Group& group, const Call& call, int planner, int planner
 template <class Group>
 DEVICE void write_lists(Group& group, const Call& call, u64 first, u64 last, const PlannerScratch& scratch) {
   const MoEArgs& args = call.args;
-  u32 dropped = 0;
+  u32 routes = 0, dropped = 0;
   for (u64 start = first; start < last; start += group.size) {
     const u64 route = start + group.lane;
     const u32 q = route < last ? route_position(args, route) : kNoRoute;
@@ -95,6 +95,7 @@ DEVICE void write_lists(Group& group, const Call& call, u64 first, u64 last, con
       const int owner = q == kNoRoute ? -1 : owner_of(args, int(q));
       const bool live = q != kNoRoute && position < u32(args.capacity);
       const u32 ordinal = live ? scratch.offset[q] - scratch.offset[args.owner_first[owner]] + position : 0;
+      routes += live;
       dropped += q != kNoRoute && !live;
       const int slot = live ? return_slot(args, token, j, owner) : 0;
       args.route_target[route] = live ? owner << 8 | slot : -1;
@@ -108,6 +109,7 @@ DEVICE void write_lists(Group& group, const Call& call, u64 first, u64 last, con
       }
     }
   }
+  if (routes) fetch_add_relaxed(&args.state->routes, u64(routes));
   if (dropped) fetch_add_relaxed(&args.state->dropped, u64(dropped));
 }
 
@@ -148,9 +150,7 @@ DEVICE bool plan_routes(Group& group, const Call& call, int planner, int planner
   exclusive_scan(group, scratch.offset, scratch.count, args.num_experts);
   write_lists(group, call, first, last, scratch);
   group.sync();
-  if (group.lane == 0 && fetch_add_acq_rel(&call.counters().planners_listed, 1u) + 1 == u32(planners)) {
-    for (int rank = 0; rank < args.world_size; ++rank)  // pairs with the subscriber's wait for the lists
-      store_release<Scope::system>(call.list_word(rank, args.rank), call.word(u32(call.tokens)));
-  }
+  if (group.lane == 0 && fetch_add_acq_rel(&call.counters().planners_listed, 1u) + 1 == u32(planners))
+    store_release<Scope::device>(&call.counters().arrived[args.rank], kAllChunks);  // local rows are in x: pairs with rows_arrived()
   return true;
 }

@@ -58,9 +58,9 @@ DEVICE bool rows_arrived(const Call& call, const ReadyBlock& block) {
     const u32 end = block.first_row + block.rows < start + part.rows ? block.first_row + block.rows : start + part.rows;
     if (low < end) {
       const u32 arrived = load_acquire<Scope::device>(&call.counters().arrived[source]);
-      if (arrived == 0) return false;
+      if (arrived == 0) return false;  // a source's first chunk also brings its lists: not to be read before
       const ListEntry last = call.list(args.rank, source)[part.first + (end - 1 - start)];
-      if (arrived != kAllChunks && (last.token_slot >> 8) / kChunkTokens + 1 >= arrived) return false;
+      if ((last.token_slot >> 8) / kChunkTokens >= arrived) return false;
     }
     start += part.rows;
   }

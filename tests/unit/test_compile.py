@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.metadata
+import importlib.util
 import logging
+import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +40,7 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def no_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(compile_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
 def script(path: Path, body: str) -> str:
@@ -93,7 +97,7 @@ def test_refused_source_is_kept_elsewhere_when_the_cache_is_unwritable(cache_dir
 @needs_compiler
 def test_unwritable_temporary_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(compile_module.tempfile, "tempdir", str(tmp_path / "absent"))
+        patch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
         with pytest.raises(CompileError, match="answer cannot be compiled with"):
             compile_text(GOOD, name="answer", arch="host")
     assert compile_text(GOOD, name="answer", arch="host").data
@@ -123,7 +127,9 @@ def test_cxx_is_first_and_may_carry_flags(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 @needs_compiler
 @pytest.mark.parametrize("value", ["absent-compiler", "'open quote", "  "])
-def test_unusable_cxx_falls_through(value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_unusable_cxx_falls_through(
+    value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("CXX", value)
     assert find_host_compiler().command[0] in ("g++", "clang++")
     assert ("is not a program" in caplog.text) == bool(value.strip())
@@ -152,8 +158,8 @@ def test_version_is_asked_once_for_all_processes(monkeypatch: pytest.MonkeyPatch
 
 def test_ziglang_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
     no_compilers(monkeypatch)
-    monkeypatch.setattr(compile_module.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(compile_module.metadata, "version", lambda name: "0.13.0")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.13.0")
     for has_v3, flag in ((True, "-mcpu=x86_64_v3"), (False, "-mcpu=baseline")):
         monkeypatch.setattr(compile_module, "_has_x86_64_v3", lambda has_v3=has_v3: has_v3)
         compiler = find_host_compiler()
@@ -171,7 +177,7 @@ def test_cpu_level_is_part_of_the_identity(monkeypatch: pytest.MonkeyPatch, tmp_
     with_v3, without = identities
     assert "-march=x86-64-v3" in with_v3 and "-march" not in without
     assert runs_here(without) and not runs_here(with_v3)  # this machine now has no v3
-    monkeypatch.setattr(compile_module.platform, "machine", lambda: "another")
+    monkeypatch.setattr(platform, "machine", lambda: "another")
     assert not runs_here(without)
 
 
@@ -210,10 +216,12 @@ def fake_nvrtc(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
         "getProgramLog": lambda program: "nvrtc: error: invalid value for --gpu-architecture (-arch)\n\0",
     }
     module = SimpleNamespace(**{**parts, **changes})
-    monkeypatch.setattr(compile_module.importlib, "import_module", lambda name: SimpleNamespace(nvrtc=module))
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(nvrtc=module))
 
 
-@pytest.mark.parametrize("error", [ImportError("No module named 'cupy'"), RuntimeError("no libnvrtc"), OSError("cache")])
+@pytest.mark.parametrize(
+    "error", [ImportError("No module named 'cupy'"), RuntimeError("no libnvrtc"), OSError("cache")]
+)
 def test_missing_cupy_or_nvrtc(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise error

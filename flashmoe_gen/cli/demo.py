@@ -1,0 +1,243 @@
+"""``demo``: the main job from end to end on this machine, at a real model's shape, checked against the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from ..arch import ARCHS
+from ..cache import CompiledKernel
+from ..errors import UnsupportedError
+from ..launch.host import build_program, default_processors
+from ..plan import TileConfig, plan_kernel
+from ..render import KernelSource, generate
+from ..spec import MoESpec
+from . import console
+from .checks import BOUNDS, Call, Check, World, check_outputs, check_routes, check_same, joined, uneven
+from .console import JsonFlag, size
+from .options import SetOption, request
+from .problem import Problem, random_problem, require_memory, runtime_bytes, weight_bytes
+
+
+def demo(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A model by name; see generate --help.")
+    ] = "qwen3-30b-a3b",
+    ranks: Annotated[int, typer.Option("--ranks", "-r", min=1, max=8, help="Ranks: threads of this process.")] = 2,
+    tokens: Annotated[int, typer.Option("--tokens", "-t", min=1, help="Tokens of each rank.")] = 64,
+    experts: Annotated[
+        int | None, typer.Option("--experts", help="Fewer experts than the model has.", show_default=False)
+    ] = None,
+    target: Annotated[str, typer.Option("--target", help="Where to run; this version runs on the host.")] = "host",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of weights and tokens.")] = 0,
+    set_: SetOption = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Plan, generate, compile, run and check one MoE layer of a real model, with random weights."""
+    if target != "host":
+        raise UnsupportedError(f"--target {target} is not supported: this version launches the host target alone.")
+    fixed = {"max_tokens": tokens, "world_size": ranks} | ({"num_experts": experts} if experts is not None else {})
+    asked = request(model, None, set_, **fixed)
+    report = _Demo(model, asked.spec, asked.tile_for("host"), seed, quiet=json_)
+    result = report.run()
+    if json_:
+        console.print_json(result)
+    if not result["passed"]:
+        raise typer.Exit(1)
+
+
+class _Demo:
+    """One run of the demo; prints as it goes, unless ``quiet``."""
+
+    def __init__(self, model: str, spec: MoESpec, tile: TileConfig, seed: int, *, quiet: bool) -> None:
+        self.model, self.spec, self.tile, self.seed, self.quiet = model, spec, tile, seed, quiet
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        plan = self._plan()
+        kernels = self._kernels()
+        with self._timed("weights", f"making {size(weight_bytes(self.spec))} of random weights"):
+            problem = random_problem(self.spec, self.seed)
+        ranks, checks = self._run_and_check(problem)
+        gpu = self._gpu_kernels()
+        passed = all(check.passed for check in checks)
+        total = time.perf_counter() - start
+        if not self.quiet:
+            word = "[bold green]PASS[/]" if passed else "[bold red]FAIL[/]"
+            failed = sum(not check.passed for check in checks)
+            verdict = f"all {len(checks)} checks" if passed else f"{failed} of {len(checks)} checks failed"
+            spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+            console.say(f"\n{word}  {verdict} in {total:.1f} s ({spent})")
+        return {
+            "passed": passed,
+            "model": self.model,
+            "spec": dataclasses.asdict(self.spec),
+            "tile": dataclasses.asdict(self.tile),
+            "plan": plan,
+            "kernels": kernels,
+            "ranks": ranks,
+            "checks": [dataclasses.asdict(check) for check in checks],
+            "gpu_kernels": gpu,
+            "seconds": {**self.seconds, "total": total},
+        }
+
+    @contextmanager
+    def _timed(self, name: str, text: str) -> Iterator[None]:
+        start = time.perf_counter()
+        with console.step(text):
+            yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def _plan(self) -> dict[str, Any]:
+        spec, numbers = self.spec, plan_kernel(self.spec, self.tile, "host")
+        heap, workspace = runtime_bytes(spec, self.tile, default_processors(spec.world_size))
+        alone = self._alone()
+        needed = weight_bytes(spec) + spec.world_size * (heap + workspace)
+        needed += sum(runtime_bytes(alone, self.tile, default_processors(1)))
+        require_memory(spec, needed)
+        tasks = numbers.gemm1_tiles + numbers.gemm2_tiles
+        plan = {
+            "gemm1_tiles": numbers.gemm1_tiles,
+            "gemm2_tiles": numbers.gemm2_tiles,
+            "tasks_per_block": tasks,
+            "weight_bytes": weight_bytes(spec),
+            "heap_bytes_per_rank": heap,
+            "workspace_bytes_per_rank": workspace,
+        }
+        if not self.quiet:
+            groups = f", {spec.top_groups} of {spec.num_groups} groups" if spec.num_groups > 1 else ""
+            renormalized = ", renormalised" if spec.renormalize else ""
+            rows = [
+                (
+                    "tokens",
+                    f"{spec.max_tokens} on each of {spec.world_size} ranks, hidden_size {spec.hidden_size}, {spec.dtype}",
+                ),
+                (
+                    "experts",
+                    f"{spec.num_experts}, {spec.mlp} {spec.activation}, intermediate_size {spec.intermediate_size}",
+                ),
+                ("router", f"top {spec.top_k} of {spec.scoring} scores{groups}{renormalized}"),
+                (
+                    "M-block",
+                    f"{self.tile.block_m} rows: {numbers.gemm1_tiles} GEMM1 + {numbers.gemm2_tiles} GEMM2 = {tasks} tasks",
+                ),
+                ("weights", size(weight_bytes(spec))),
+                ("heap", f"{size(heap)} a rank (symmetric: what other ranks write into)"),
+                ("workspace", f"{size(workspace)} a rank"),
+            ]
+            console.pairs(f"{self.model}: spec and plan", rows)
+        return plan
+
+    def _kernels(self) -> list[dict[str, Any]]:
+        with self._timed("compile", "generating and compiling the kernels for the host"):
+            sources = [generate(self.spec, arch="host", kernel=kernel, tile=self.tile) for kernel in ("router", "moe")]
+            compiled = [source.compile() for source in sources]
+            build_program("launcher")
+        if not self.quiet:
+            rows = [
+                (source.name, source.digest[:12], len(source.text.splitlines()), _build_time(kernel))
+                for source, kernel in zip(sources, compiled)
+            ]
+            console.table("\nHost kernels", ["kernel", "digest", "lines", "compiled"], rows)
+        return [
+            {**_described(source), "seconds": kernel.seconds, "from_cache": kernel.from_cache, "path": kernel.path}
+            for source, kernel in zip(sources, compiled)
+        ]
+
+    def _run_and_check(self, problem: Problem) -> tuple[list[dict[str, Any]], list[Check]]:
+        spec = self.spec
+        with World(problem, self.tile) as world:
+            with self._timed("run", f"running {spec.world_size} ranks"):
+                first = world.run(problem.tokens)
+            with self._timed("run", "running again"):
+                second = world.run(problem.tokens)
+            with self._timed("run", "running with uneven tokens"):
+                fewer = world.run(uneven(problem.tokens))
+        with self._timed("reference", "computing the float64 reference"):
+            routes, router_errors = check_routes(problem, first)
+            outputs, errors = check_outputs(problem, first)
+        counts = ", ".join(str(len(call.x)) for call in fewer)
+        checks = [
+            routes,
+            outputs,
+            check_same("a second run gives the same bits", "all ids, weights and y", second, first),
+            check_same(f"uneven ranks ({counts} tokens) give the same bits", "and every rank returns", fewer, first),
+        ]
+        if spec.capacity is None:  # a capacity counts per source rank
+            with World(problem, self.tile, self._alone()) as one, self._timed("run", "running on one rank"):
+                alone = one.run([joined(first).x])
+            name = "one rank with all experts and tokens gives the same bits"
+            checks.append(check_same(name, "all ids, weights and y", alone, [joined(first)]))
+        ranks = [_rank_row(rank, *row) for rank, row in enumerate(zip(first, second, router_errors, errors))]
+        if not self.quiet:
+            self._show_run(ranks, checks)
+        return ranks, checks
+
+    def _alone(self) -> MoESpec:
+        return self.spec.replace(world_size=1, max_tokens=self.spec.world_size * self.spec.max_tokens)
+
+    def _show_run(self, ranks: list[dict[str, Any]], checks: list[Check]) -> None:
+        rows = [
+            (
+                r["rank"], r["tokens"], r["routes"], r["rows"], r["blocks"], r["padding"], r["blocks"] * self._tasks(),
+                f"{r['router_error']:.1e}", f"{r['error']:.2e}", f"{r['second_layer_seconds']:.2f} s",
+            )
+            for r in ranks
+        ]  # fmt: skip
+        columns = "rank,tokens,routes,rows,M-blocks,padding,tasks,router error,error of y,second call".split(",")
+        bound = BOUNDS[self.spec.dtype]
+        console.table(f"\nRun on the host (errors: relative L2 against float64; bound of y {bound:.0e})", columns, rows)
+        console.say("\n[bold]Checks[/]")
+        for check in checks:
+            console.say(f"[{'green]PASS' if check.passed else 'bold red]FAIL'}[/]  {check.name}: {check.detail}")
+
+    def _tasks(self) -> int:
+        numbers = plan_kernel(self.spec, self.tile, "host")
+        return numbers.gemm1_tiles + numbers.gemm2_tiles
+
+    def _gpu_kernels(self) -> list[dict[str, Any]]:
+        """What generate() gives for the same spec and each GPU architecture; nothing is compiled here."""
+        archs = [name for name, arch in ARCHS.items() if not arch.is_host]
+        with self._timed("GPU texts", "generating the GPU kernels"):
+            found = []
+            for arch in archs:
+                source = generate(self.spec, arch=arch)
+                metadata, numbers = (
+                    source.metadata["tile"],
+                    plan_kernel(self.spec, TileConfig(**source.metadata["tile"]), arch),
+                )
+                tile = f"{metadata['block_m']} x {metadata['block_n']} x {metadata['block_k']}"
+                found.append({**_described(source), "tile": tile, "shared_bytes": numbers.shared_bytes})
+        if not self.quiet:
+            rows = [(k["name"], k["digest"][:12], k["lines"], k["tile"], size(k["shared_bytes"])) for k in found]
+            columns = ["kernel", "digest", "lines", "tile", "shared memory"]
+            console.table("\nThe same layer for GPUs (generated, not run)", columns, rows)
+            console.say(f"Compile them, without a GPU: flashmoe-gen compile --model {self.model} --arch all")
+        return found
+
+
+def _build_time(kernel: CompiledKernel) -> str:
+    return "from the cache" if kernel.from_cache else f"in {kernel.seconds:.1f} s"
+
+
+def _described(source: KernelSource) -> dict[str, Any]:
+    lines = len(source.text.splitlines())
+    return {"name": source.name, "arch": source.arch, "digest": source.digest, "lines": lines}
+
+
+def _rank_row(rank: int, first: Call, second: Call, router_error: float, error: float) -> dict[str, Any]:
+    return {
+        "rank": rank,
+        "tokens": len(first.x),
+        **{name: getattr(first.stats, name) for name in ("routes", "masked", "dropped", "rows", "blocks", "padding")},
+        "router_error": router_error,
+        "error": error,
+        "first_layer_seconds": first.layer_seconds,
+        "second_layer_seconds": second.layer_seconds,
+        "route_seconds": second.route_seconds,
+    }

@@ -1,0 +1,149 @@
+"""``generate`` and ``compile``: one kernel as text, or compiled into the cache for one or more architectures."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..arch import ARCHS, get_arch
+from ..cache import CompiledKernel
+from ..errors import FlashMoEError, SpecError
+from ..launch.host import build_program
+from ..render import KernelSource, generate
+from . import console
+from .console import JsonFlag
+from .options import (
+    ConfigOption,
+    Kernel,
+    KernelOption,
+    ModelOption,
+    Request,
+    SetOption,
+    checked_kernel,
+    request,
+)
+
+
+def generate_command(
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    arch: Annotated[str, typer.Option("--arch", "-a", help=f"One of {', '.join(ARCHS)}.")] = "host",
+    kernel: KernelOption = "moe",
+    set_: SetOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A file or a folder; default: stdout.", show_default=False)
+    ] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Write the source text of one kernel."""
+    kind = checked_kernel(kernel)
+    get_arch(arch)
+    source = _generate(request(model, config, set_, kernel=kind), arch, kind)
+    path = None
+    if output is not None:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            path = source.write(output)
+        except OSError as error:
+            raise FlashMoEError(f"{output} cannot be written: {error.strerror or error}.") from error
+    if json_:
+        text = {"text": source.text} if path is None else {"path": path}
+        described = {"name": source.name, "arch": source.arch, "digest": source.digest, "bytes": len(source.text)}
+        console.print_json({**described, **source.metadata, **text})
+    elif path is None:
+        typer.echo(source.text, nl=False)
+    else:
+        console.pairs("", [("name", source.name), ("digest", source.digest), ("path", path)])
+
+
+def compile_command(
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    arch: Annotated[
+        list[str] | None,
+        typer.Option("--arch", "-a", help=f"One of {', '.join(ARCHS)}, or all; may be repeated.", show_default="host"),
+    ] = None,
+    kernel: KernelOption = "moe",
+    set_: SetOption = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Compile one kernel into the cache, for one or more architectures. Needs no GPU.
+
+    For the host this also builds the program that starts kernels; with [cyan]--arch host[/] alone, only that.
+    """
+    kind = checked_kernel(kernel)
+    archs = list(ARCHS) if arch and "all" in arch else list(dict.fromkeys(arch or ["host"]))
+    for name in archs:
+        get_arch(name)
+    asked = None
+    if model is not None or config is not None or set_ or archs != ["host"]:
+        asked = request(model, config, set_, kernel=kind)
+    results = _compile_all(asked, archs, kind)
+    failed = [result for result in results if "error" in result]
+    if json_:
+        console.print_json(results)
+    else:
+        _show(results)
+    if failed:
+        for result in failed:
+            console.complain(f"{result['arch']}: {result['error']['message']}")
+        raise typer.Exit(1)
+
+
+def _generate(asked: Request, arch: str, kind: Kernel) -> KernelSource:
+    return generate(asked.spec, arch=arch, kernel=kind, tile=asked.tile_for(arch))
+
+
+def _compile_all(asked: Request | None, archs: list[str], kind: Kernel) -> list[dict[str, Any]]:
+    """Compile in two threads (compilers release the lock of Python); failures are results too."""
+    jobs = [(arch, True) for arch in archs if asked is not None]
+    jobs += [("host", False)] if "host" in archs else []  # the launcher
+
+    def work(job: tuple[str, bool]) -> dict[str, Any]:
+        arch, is_kernel = job
+        try:
+            if not is_kernel or asked is None:
+                return _describe(build_program("launcher"))
+            source = _generate(asked, arch, kind)
+            return _describe(source.compile(), digest=source.digest)
+        except SpecError:
+            raise
+        except FlashMoEError as error:
+            return {"arch": arch, "error": {"type": type(error).__name__, "message": str(error), "exit_code": 1}}
+
+    with console.progress("compiling", len(jobs)) as done, ThreadPoolExecutor(2) as pool:
+        futures = {pool.submit(work, job): index for index, job in enumerate(jobs)}
+        results: dict[int, dict[str, Any]] = {}
+        for future in as_completed(futures):
+            result = future.result()
+            results[futures[future]] = result
+            state = (
+                "failed" if "error" in result else "cached" if result["from_cache"] else f"{result['seconds']:.1f} s"
+            )
+            done(f"{result['arch']} {result.get('name', '')} {state}")
+    return [results[index] for index in sorted(results)]
+
+
+def _describe(compiled: CompiledKernel, *, digest: str | None = None) -> dict[str, Any]:
+    names = ("name", "arch", "registers", "spill_bytes", "shared_bytes", "seconds", "from_cache", "compiler", "path")
+    fields = {field.name for field in dataclasses.fields(compiled)}
+    described = {name: getattr(compiled, name) for name in names if name in fields}
+    return {**described, **({"digest": digest} if digest else {})}
+
+
+def _show(results: list[dict[str, Any]]) -> None:
+    for result in (result for result in results if "error" not in result):
+        rows: list[tuple[str, object]] = [("arch", result["arch"]), ("path", result["path"])]
+        if "digest" in result:
+            rows.insert(1, ("digest", result["digest"]))
+        if result["arch"] != "host":
+            rows += [("registers", result["registers"]), ("spills", console.size(result["spill_bytes"]))]
+            rows += [("static shared memory", console.size(result["shared_bytes"]))]
+        compiled = f"{result['seconds']:.2f} s" + (
+            " (when it was compiled; now from the cache)" if result["from_cache"] else ""
+        )
+        console.pairs(result["name"], [*rows, ("compiled in", compiled)])

@@ -1,0 +1,143 @@
+"""``info``: what is on this machine, what of it is usable, and why the rest is not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from .. import __version__, env
+from ..arch import ARCHS
+from ..compile import compiler_identity, find_host_compiler
+from ..errors import FlashMoEError
+from ..launch.cuda import device_count, require_device
+from . import console
+from .console import JsonFlag
+from .memory import available_bytes
+
+_PACKAGES = (
+    "numpy ml_dtypes jinja2 cupy-cuda12x cupy-cuda13x nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 nvidia-cuda-nvrtc "
+    "nvidia-cuda-runtime nvshmem4py-cu12 nvshmem4py-cu13 mpi4py torch ziglang"
+).split()
+
+_VARIABLES: dict[str, Callable[[], object]] = {
+    "FLASHMOE_CACHE_DIR": env.cache_dir,
+    "FLASHMOE_TIMEOUT_S": env.timeout_s,
+    "FLASHMOE_TARGET": lambda: env.target() or "automatic",
+    "FLASHMOE_NO_JIT": env.no_jit,
+    "FLASHMOE_KEEP_SOURCE": env.keep_source,
+    "FLASHMOE_LOG": env.log_level,
+    "CXX": lambda: os.environ.get("CXX") or "automatic",
+}
+
+
+def info(json_: JsonFlag = False) -> None:
+    """Show versions, compilers, devices and settings: what is usable here, and why the rest is not."""
+    with console.step("looking around"):
+        found = collect()
+    if json_:
+        console.print_json(found)
+        return
+    versions = {"flashmoe_gen": found["version"], "Python": found["python"], **found["packages"]}
+    console.pairs("Versions", [(name, version or "not installed") for name, version in versions.items()])
+    memory = found["memory_bytes"]
+    machine = [("CPU", found["cpu"]), ("cores", found["cores"])]
+    console.pairs("\nMachine", [*machine, ("free memory", console.size(memory) if memory else "unknown")])
+    console.pairs("\nCan be used for", [(name, _verdict(state)) for name, state in found["usable"].items()])
+    if found["gpus"]:
+        console.table("\nGPUs", ["device", "arch", "memory"], [_gpu_row(gpu) for gpu in found["gpus"]], left=2)
+    settings = [(name, f"{s['value']}{'' if s['set'] else '  (default)'}") for name, s in found["environment"].items()]
+    console.pairs("\nEnvironment", settings)
+
+
+def collect() -> dict[str, Any]:
+    """Everything the command prints, as it is printed with ``--json``."""
+    gpus = _gpus()
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": available_bytes(),
+        "usable": {
+            "generating kernels": {"usable": True, "detail": ", ".join(ARCHS)},
+            "compiling and running on the host": _try(lambda: find_host_compiler().version),
+            "compiling for GPUs": _try(lambda: compiler_identity("sm_90a").split(" -")[0]),
+            "running on GPUs": _running_on_gpus(gpus),
+        },
+        "gpus": gpus,
+        "environment": {name: _setting(name, read) for name, read in _VARIABLES.items()},
+    }
+
+
+def _try(look: Callable[[], str]) -> dict[str, Any]:
+    try:
+        return {"usable": True, "detail": look()}
+    except FlashMoEError as error:
+        return {"usable": False, "detail": str(error)}
+
+
+def _running_on_gpus(gpus: list[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        require_device()
+    except FlashMoEError as error:
+        return {"usable": False, "detail": str(error)}
+    return {"usable": False, "detail": f"{len(gpus)} found, but this version launches the host target alone."}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(models, platform.processor() or 'unknown')} ({platform.machine()})"
+
+
+def _gpus() -> list[dict[str, Any]]:
+    if device_count() == 0:
+        return []
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    found = []
+    for index in range(device_count()):
+        properties = runtime.getDeviceProperties(index)
+        found.append(
+            {
+                "name": properties["name"].decode(),
+                "arch": f"sm_{properties['major']}{properties['minor']}",
+                "memory_bytes": int(properties["totalGlobalMem"]),
+                "driver": int(runtime.driverGetVersion()),
+            }
+        )
+    return found
+
+
+def _gpu_row(gpu: dict[str, Any]) -> tuple[str, str, str]:
+    return gpu["name"], gpu["arch"], console.size(gpu["memory_bytes"])
+
+
+def _setting(name: str, read: Callable[[], object]) -> dict[str, Any]:
+    try:
+        return {"set": name in os.environ, "value": str(read())}
+    except FlashMoEError as error:
+        return {"set": True, "value": f"not valid: {error}"}
+
+
+def _verdict(state: dict[str, Any]) -> Text:
+    word, style = ("yes", "green") if state["usable"] else ("no ", "red")
+    return Text.assemble((word, style), "  ", state["detail"])

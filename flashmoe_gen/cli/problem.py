@@ -1,0 +1,119 @@
+"""A layer filled with random numbers at a model's real shape, made in seconds and within the machine's memory."""
+
+from __future__ import annotations
+
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ..errors import FlashMoEError
+from ..experts import Experts
+from ..layout import HeapLayout, HeapNeeds, WorkspaceLayout
+from ..plan import TileConfig, plan_kernel
+from ..spec import MoESpec, Placement
+from . import console
+from .memory import available_bytes
+
+Array = np.ndarray[Any, Any]
+
+_SPARE_BYTES = 512 << 20  # Python, NumPy, the compiler, float64 copies of one expert and its rows
+_ROOT_MEAN_SQUARE = math.sqrt(7 / 3 * 85 / 4)  # of a mantissa in [1, 2) times 1, 2, 4 or 8
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Weights of all experts in global order, of the router, and tokens for every rank."""
+
+    spec: MoESpec
+    weights: dict[str, Array]
+    router_weight: Array
+    tokens: list[Array]
+
+    def experts(self, placement: Placement, rank: int) -> Experts:
+        """The weights of one rank's experts, without a copy: the default placement holds blocks of experts."""
+        held = placement.local_experts(rank)
+        first = held[0] if held else 0
+        return Experts(**{name: array[first : first + len(held)] for name, array in self.weights.items()})
+
+
+def weight_shapes(spec: MoESpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of the expert weights, by the names of :class:`~flashmoe_gen.Experts`."""
+    experts, hidden, inner = spec.num_experts, spec.hidden_size, spec.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {"up": (experts, inner, hidden), "down": (experts, hidden, inner)}
+    if spec.mlp == "gated":
+        shapes = {"gate": shapes["up"], **shapes}
+    if spec.bias:
+        shapes |= {f"{name}_bias": shape[:2] for name, shape in list(shapes.items())}
+    return shapes
+
+
+def weight_bytes(spec: MoESpec) -> int:
+    """Bytes of the weights of all experts."""
+    return sum(math.prod(shape) for shape in weight_shapes(spec).values()) * spec.element.size
+
+
+def runtime_bytes(spec: MoESpec, tile: TileConfig, processors: int) -> tuple[int, int]:
+    """Bytes of the symmetric heap and of the workspace, on the rank that holds most experts."""
+    local = len(Placement.default(spec.num_experts, spec.world_size).local_experts(0))
+    plan = plan_kernel(spec, tile, "host")
+    workspace = WorkspaceLayout.of(spec, tile, plan, combine="route", local_experts=local, processors=processors)
+    return HeapLayout.of(HeapNeeds.of(spec, "route"), spec.world_size).bytes, workspace.bytes
+
+
+def require_memory(spec: MoESpec, needed: int) -> None:
+    """Return if ``needed`` bytes and some to spare are free.
+
+    Raises:
+        FlashMoEError: they are not; says how many experts would fit.
+    """
+    available = available_bytes()
+    if available is None or needed + _SPARE_BYTES <= available:
+        return
+    fitting = int((available - _SPARE_BYTES) * spec.num_experts / needed)
+    advice = f"Try --experts {max(spec.top_k, fitting // 8 * 8)}." if fitting >= spec.top_k else "Try a smaller model."
+    raise FlashMoEError(
+        f"This needs {console.size(needed + _SPARE_BYTES)} of memory, of which {console.size(weight_bytes(spec))} for "
+        f"the weights of {spec.num_experts} experts; {console.size(available)} are free. {advice}"
+    )
+
+
+def random_problem(spec: MoESpec, seed: int) -> Problem:
+    """Random weights that keep the size of what passes through them, and ``max_tokens`` random tokens for each rank."""
+    dtype = spec.element.numpy
+    arrays = {name: np.empty(shape, dtype) for name, shape in weight_shapes(spec).items()}
+    jobs = [(name, expert) for name in arrays for expert in range(spec.num_experts)]
+
+    def fill(job: tuple[int, tuple[str, int]]) -> None:
+        number, (name, expert) = job
+        array = arrays[name]
+        scale = 0.25 if name.endswith("_bias") else 1 / math.sqrt(array.shape[-1])
+        array[expert] = random_values(array.shape[1:], dtype, scale, (seed, 1, number))
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(fill, enumerate(jobs)))
+    hidden = spec.hidden_size
+    router = random_values((spec.num_experts, hidden), dtype, 1 / math.sqrt(hidden), (seed, 2))
+    tokens = [random_values((spec.max_tokens, hidden), dtype, 1.0, (seed, 3, rank)) for rank in range(spec.world_size)]
+    return Problem(spec, arrays, router, tokens)
+
+
+def random_values(shape: tuple[int, ...], dtype: np.dtype[Any], scale: float, seed: tuple[int, ...]) -> Array:
+    """Random numbers of a given root mean square, made from bits: a gigabyte a second.
+
+    Sign, mantissa and the two lowest bits of the exponent are random, so magnitudes span four powers of two.
+    """
+    info = ml_dtypes.finfo(dtype)
+    word = np.dtype(f"u{dtype.itemsize}")
+    mantissa, bias = int(info.nmant), int(info.maxexp) - 1
+    count = math.prod(shape)
+    generator = np.random.Generator(np.random.SFC64(seed))
+    random = generator.integers(0, 2**64 - 1, size=-(-count * dtype.itemsize // 8), dtype=np.uint64, endpoint=True)
+    bits = random.view(word)[:count]
+    bits &= word.type(1 << (8 * dtype.itemsize - 1) | (1 << mantissa + 2) - 1)
+    bits += word.type((bias + round(math.log2(scale / _ROOT_MEAN_SQUARE))) << mantissa)
+    return bits.view(dtype).reshape(shape)

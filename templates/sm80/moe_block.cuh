@@ -1,0 +1,97 @@
+// ---- Block program: the last block of the grid runs the OS, all others process ----------------------------------------
+// A processor is kMmaWarps warps that run tasks and one that fetches them: it claims the next ticket, waits for its entry
+// and looks up its rows while the current task runs. It may wait there, because the current task needs nothing of it.
+constexpr int kThreads = ${plan.threads};
+static_assert(kThreads == kMmaThreads + 32);
+
+// Dynamic shared memory: kWorkBytes for whoever works (stages, staging, scratch), then this.
+struct BlockState {
+  TaskSlot slot[2];
+  u64 broadcast;
+};
+static_assert(kWorkBytes % 128 == 0 && kWorkBytes + sizeof(BlockState) <= kSharedBytes);
+
+// Slots are handed over with named barriers on which one side waits and the other only arrives. Their numbers are
+// constants: for a computed one ptxas would reserve all 16.
+constexpr u32 kFullBarrier = 2;   // + slot
+constexpr u32 kEmptyBarrier = 4;  // + slot
+
+DEVICE void wait_slot(u32 barrier, u32 side) {
+  if (side == 0) bar_sync(barrier, kThreads);
+  else bar_sync(barrier + 1, kThreads);
+}
+DEVICE void hand_over_slot(u32 barrier, u32 side) {
+  if (side == 0) bar_arrive(barrier, kThreads);
+  else bar_arrive(barrier + 1, kThreads);
+}
+
+DEVICE void fetch_tasks(const Call& call, TaskSlot* slots) {
+  WarpGroup warp;
+  for (u32 turn = 0;; ++turn) {
+    const u32 side = turn % 2;
+    TaskSlot& slot = slots[side];
+    if (turn >= 2) wait_slot(kEmptyBarrier, side);
+    if (warp.lane == 0) {
+      slot.task = wait_ready(call, claim(call));
+      if (aborted(call)) slot.task.kind = TaskKind::closed;
+    }
+    warp.sync();  // the lanes below read what the scheduler published after lane 0 acquired it
+    const Task task = slot.task;
+    for (int r = warp.lane; r < int(task.block.rows); r += warp.size) {
+      const Row row = find_row(call, task.block.expert_slot, task.block.first_row + r);
+      slot.row[r] = task.kind == TaskKind::gemm1 ? input_row(call, row) : output_row(call, row);
+      slot.weight[r] = row.entry.weight;
+    }
+    hand_over_slot(kFullBarrier, side);
+    if (task.kind == TaskKind::closed) return;
+  }
+}
+
+DEVICE void run_tasks(const Call& call, TaskSlot* slots, char* work) {
+  for (u32 turn = 0;; ++turn) {
+    const u32 side = turn % 2;
+    wait_slot(kFullBarrier, side);
+    const TaskKind kind = slots[side].task.kind;
+    if (kind == TaskKind::closed) return;
+    if (kind == TaskKind::gemm1) gemm1_tile(call, slots[side], work);
+    if (kind == TaskKind::gemm2) gemm2_tile(call, slots[side], work);
+    hand_over_slot(kEmptyBarrier, side);
+  }
+}
+
+DEVICE void process(BlockGroup& block, const Call& call, char* work, BlockState& state) {
+  const int processors = int(gridDim.x) - 1;
+  const int planners = num_planners(call, processors);
+  if (int(blockIdx.x) < planners) {
+    const int experts = call.args.num_experts;
+    u32* const words = reinterpret_cast<u32*>(work);
+    const PlannerScratch scratch{words, words + experts, words + 2 * experts, words + 3 * experts, words + 4 * experts};
+    if (!plan_routes(block, call, int(blockIdx.x), planners, scratch)) return;
+  }
+  WarpGroup warp;
+  if (block.any(!dispatch(warp, call, planners))) return;  // every warp claims chunks for itself
+  if (threadIdx.x < kMmaThreads) run_tasks(call, state.slot, work);
+  else fetch_tasks(call, state.slot);
+  if (!aborted(call)) combine(warp, call);
+}
+
+DEVICE void run_system(const Call& call, char* work) {
+  WarpGroup warp;
+  u32* const words = reinterpret_cast<u32*>(work);
+  const int experts = call.args.local_experts;
+  if (call.role == Role::scheduler) schedule(warp, call, SchedulerScratch{words, words + experts, words + 2 * experts});
+  if (call.role == Role::subscriber) subscribe(warp, call, words + 3 * experts);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, ${plan.min_blocks}) ${name}(const __grid_constant__ MoEArgs args) {
+  extern __shared__ __align__(1024) char work[];
+  BlockState& state = *reinterpret_cast<BlockState*>(work + kWorkBytes);
+  BlockGroup block{&state.broadcast};
+  const bool system = blockIdx.x == gridDim.x - 1;
+  const Role role = !system || threadIdx.x >= 64 ? Role::processor : threadIdx.x < 32 ? Role::scheduler : Role::subscriber;
+  const Call call = begin_call(args, blockIdx.x, gridDim.x, role);
+  if (system) run_system(call, work);
+  else process(block, call, work, state);
+  // Read again rather than held in registers: the epoch stands until every block has left.
+  leave(block, begin_call(args, blockIdx.x, gridDim.x, role), blockIdx.x, gridDim.x);
+}

@@ -1,0 +1,132 @@
+// ---- The k loop: cp.async stages in shared memory, one barrier of the MMA warps per stage --------------------------------
+constexpr int kStages = ${tile.stages};
+constexpr int kWarpsM = ${tile.warps_m};
+constexpr int kWarpsN = ${tile.warps_n};
+constexpr int kMmaWarps = kWarpsM * kWarpsN;
+constexpr int kMmaThreads = kMmaWarps * 32;  // the first threads of the block
+constexpr u32 kMmaBarrier = 1;               // barrier 0 is __syncthreads()
+
+constexpr int kRowBytes = kBlockK * int(sizeof(Element));  // of a stage
+constexpr int kChunks = kRowBytes / 16;
+constexpr int kRowsPerPass = kMmaThreads / kChunks;  // one 16-byte chunk per thread and pass
+constexpr u32 kRowStageBytes = kBlockM * kRowBytes;
+constexpr u32 kStageBytes = kRowStageBytes + kBlockN * kRowBytes;
+static_assert(kStageBytes == ${plan.stage_bytes});
+static_assert(kRowsPerPass % 8 == 0, "all rows of a thread have one swizzle");
+
+constexpr int kAtomsM = kBlockM / kWarpsM / 16;  // of one warp
+constexpr int kAtomsN = kBlockN / kWarpsN / 8;
+static_assert(kAtomsN % 2 == 0);
+
+DEVICE void sync_mma() { bar_sync(kMmaBarrier, kMmaThreads); }
+
+// One operand's share of a thread: the same chunk of every kRowsPerPass-th row.
+template <int kRows>
+struct Loader {
+  static constexpr int kPasses = (kRows + kRowsPerPass - 1) / kRowsPerPass;
+  const char* from[kPasses];
+  u32 present = 0;  // bit per pass; absent rows are zeros in shared memory
+  u32 to;           // in the stage, for pass 0
+
+  // locate(row) is the row's start in global memory; null: absent. `anywhere` is an address that cp.async may name without reading.
+  template <class Locate>
+  DEVICE Loader(const void* anywhere, u32 first_byte, Locate locate) {
+    const u32 row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    to = first_byte + row * kRowBytes + ((chunk ^ swizzle<kRowBytes>(row)) * 16);
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int r = int(row) + pass * kRowsPerPass;
+      const Element* start = r < kRows ? locate(r) : nullptr;
+      present |= u32(start != nullptr) << pass;
+      from[pass] = static_cast<const char*>(start != nullptr ? start : anywhere) + chunk * 16;
+    }
+  }
+
+  // Chunks of one stage; of a row's kDepth elements only, so a last stage may end in zeros.
+  template <int kDepth>
+  DEVICE void load(u32 stage, int step) const {
+    constexpr u32 kBytes = kDepth * sizeof(Element);
+    const u32 offset = u32(step) * kRowBytes;
+    bool inside = true;
+    if constexpr (kBytes % kRowBytes != 0) inside = offset + threadIdx.x % kChunks * 16 < kBytes;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      if (kRows % kRowsPerPass != 0 && int(threadIdx.x) / kChunks + pass * kRowsPerPass >= kRows) continue;
+      const bool wanted = inside && (present >> pass & 1) != 0;
+      cp_async_16(stage + to + pass * kRowsPerPass * kRowBytes, from[pass] + (wanted ? offset : 0), wanted ? 16 : 0);
+    }
+  }
+};
+static_assert((kBlockM + kRowsPerPass - 1) / kRowsPerPass <= 32 && (kBlockN + kRowsPerPass - 1) / kRowsPerPass <= 32);
+
+// The sums of one warp: kAtomsM x kAtomsN atoms of its part of the tile.
+struct Sums {
+  Accumulator atom[kAtomsM][kAtomsN];
+
+  DEVICE static int first_row() { return int(threadIdx.x) / 32 % kWarpsM * (kAtomsM * 16); }
+  DEVICE static int first_column() { return int(threadIdx.x) / 32 / kWarpsM * (kAtomsN * 8); }
+
+  DEVICE void clear() {
+#pragma unroll
+    for (int m = 0; m < kAtomsM; ++m)
+#pragma unroll
+      for (int n = 0; n < kAtomsN; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) atom[m][n][i] = Acc(0);
+  }
+};
+
+template <class RowPlace, class ColumnPlace>
+DEVICE void multiply_stage(Sums& sums, u32 rows, u32 columns, const RowPlace& row_place, const ColumnPlace& column_place) {
+#pragma unroll
+  for (int step = 0; step < kRowBytes; step += kStepBytes) {
+    RowFragment a[kAtomsM];
+#pragma unroll
+    for (int m = 0; m < kAtomsM; ++m) load_rows(a[m], row_place, rows, m * 16, step);
+#pragma unroll
+    for (int n = 0; n < kAtomsN; n += 2) {
+      ColumnFragment b;
+      load_columns(b, column_place, columns, n * 8, step);
+#pragma unroll
+      for (int m = 0; m < kAtomsM; ++m) {
+        multiply<0>(sums.atom[m][n], a[m], b);
+        multiply<1>(sums.atom[m][n + 1], a[m], b);
+      }
+    }
+  }
+}
+
+// sums = rows . columns over kDepth elements. ready(step) returns when the row chunks of a step may be read; the columns are
+// weights, which nobody has to wait for. All MMA threads call this; the stages are free again when it returns.
+template <int kDepth, class Ready>
+DEVICE void multiply_tile(Sums& sums, const Loader<kBlockM>& rows, const Loader<kBlockN>& columns, u32 stages, Ready ready) {
+  constexpr int kSteps = (kDepth + kBlockK - 1) / kBlockK;
+  const auto load = [&](int step, u32 slot) {
+    if (step < kSteps) {
+      const u32 stage = stages + slot * kStageBytes;
+      columns.template load<kDepth>(stage, step);
+      ready(step);
+      rows.template load<kDepth>(stage, step);
+    }
+    cp_async_commit_group();  // an empty group too: wait_group counts
+  };
+  sums.clear();
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) load(step, step);
+  const u32 lane = threadIdx.x % 32;
+  const auto row_lane = row_place<kRowBytes>(lane);
+  const auto column_lane = column_place<kRowBytes>(lane);
+  const u32 row_tile = stages + Sums::first_row() * kRowBytes;
+  const u32 column_tile = stages + kRowStageBytes + Sums::first_column() * kRowBytes;
+  u32 slot = 0;
+#pragma unroll 1
+  for (int step = 0; step < kSteps; ++step) {
+    cp_async_wait_group<kStages - 2>();  // my part of this step is here
+    sync_mma();                          // so is everyone's, and nobody reads the slot that the next load fills
+    load(step + kStages - 1, slot == 0 ? kStages - 1 : slot - 1);
+    multiply_stage(sums, row_tile + slot * kStageBytes, column_tile + slot * kStageBytes, row_lane, column_lane);
+    slot = slot == kStages - 1 ? 0 : slot + 1;
+  }
+  cp_async_wait_group<0>();
+  sync_mma();
+}

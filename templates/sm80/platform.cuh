@@ -1,0 +1,130 @@
+// ---- The GPU: types, memory order, groups of threads, math ------------------------------------------------------------
+enum class Scope { device, system };
+
+// Every pointer below is to global memory.
+template <Scope kScope, class T>
+DEVICE T load_acquire(const T* word) {
+  if constexpr (kScope == Scope::system) return ld_acquire_sys(word);
+  else return ld_acquire_gpu(word);
+}
+template <Scope kScope, class T>
+DEVICE void store_release(T* word, T value) {
+  if constexpr (kScope == Scope::system) st_release_sys(word, value);
+  else st_release_gpu(word, value);
+}
+// System scope costs nothing here, and a word may have a writer on another GPU.
+template <class T>
+DEVICE T load_relaxed(const T* word) { return ld_relaxed_sys(word); }
+template <class T>
+DEVICE void store_relaxed(T* word, T value) { st_relaxed_sys(word, value); }
+template <class T>
+DEVICE T fetch_add_relaxed(T* word, T value) { return atom_add_relaxed_gpu(word, value); }
+template <class T>
+DEVICE T fetch_add_acq_rel(T* word, T value) { return atom_add_acq_rel_gpu(word, value); }
+DEVICE void fetch_or_release(u32* word, u32 bits) { red_or_release_gpu(word, bits); }
+DEVICE u32 exchange_relaxed(u32* word, u32 value) { return atom_exch_relaxed_gpu(word, value); }
+
+// Stores to a peer's heap. Only a later store_release by this thread, or by one that it released to, publishes them.
+template <int kBytes>
+struct Word;
+template <>
+struct Word<4> { using Type = u32; };
+template <>
+struct Word<8> { using Type = u64; };
+template <>
+struct Word<16> { using Type = uint4; };
+
+template <class T>
+DEVICE void remote_store(T* to, const T& value) {  // one access, so `to` is aligned to sizeof(T)
+  using Bits = typename Word<sizeof(T)>::Type;
+  Bits bits;
+  memcpy(&bits, &value, sizeof bits);
+  *reinterpret_cast<Bits*>(to) = bits;
+}
+DEVICE void remote_store(u64* word, u64 value) { st_relaxed_sys(word, value); }  // a self-contained word: polled
+
+template <class Group, class T>
+DEVICE void remote_copy(Group& group, T* to, const T* from, int count) {
+  constexpr int kInFlight = 8;  // loads before the first store
+  const int vectors = count * int(sizeof(T)) / 16;
+  const uint4* const source = reinterpret_cast<const uint4*>(from);
+  uint4* const target = reinterpret_cast<uint4*>(to);
+  for (int first = group.lane; first < vectors; first += kInFlight * group.size) {
+    uint4 part[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i)
+      if (first + i * group.size < vectors) part[i] = source[first + i * group.size];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i)
+      if (first + i * group.size < vectors) target[first + i * group.size] = part[i];
+  }
+}
+
+DEVICE void backoff(u32 polls) {
+  if (polls >= 64) nanosleep(100);
+}
+DEVICE u64 now_ns() { return globaltimer(); }
+DEVICE int popcount(u32 bits) { return __popc(bits); }
+DEVICE int lowest_bit(u32 bits) { return __ffs(int(bits)) - 1; }
+
+// What a lane acquired or stored before sync(), broadcast() or any() is ordered before what any lane does after it.
+struct WarpGroup {
+  static constexpr int size = 32;
+  static constexpr u32 kAll = 0xffffffffu;
+  int lane = int(threadIdx.x % 32);
+
+  DEVICE void sync() const { __syncwarp(); }
+  template <class T>
+  DEVICE T broadcast(T value, int from) const {
+    const T result = T(__shfl_sync(kAll, value, from));
+    __syncwarp();  // a shuffle alone does not order memory
+    return result;
+  }
+  DEVICE bool broadcast(bool value, int from) const { return broadcast(u32(value), from) != 0; }
+  DEVICE bool any(bool predicate) const {
+    const bool result = __any_sync(kAll, predicate) != 0;
+    __syncwarp();
+    return result;
+  }
+  DEVICE u32 leading(bool predicate) const {  // lanes before the first false
+    return u32(__clz(int(__brev(~__ballot_sync(kAll, predicate)))));
+  }
+  DEVICE u32 exclusive_count(bool predicate, u32* total) const {  // true lanes before mine
+    const u32 votes = __ballot_sync(kAll, predicate);
+    *total = u32(__popc(votes));
+    return u32(__popc(votes & ((1u << lane) - 1)));
+  }
+  DEVICE void add(u32* shared_word, u32 value) const { atomicAdd(shared_word, value); }
+};
+
+// All threads of the block. `word` is 8 bytes of shared memory of its own.
+struct BlockGroup {
+  u64* word;
+  int lane = int(threadIdx.x);
+  int size = int(blockDim.x);
+
+  DEVICE void sync() const { __syncthreads(); }
+  template <class T>
+  DEVICE T broadcast(T value, int from) const {
+    static_assert(sizeof(T) <= sizeof *word);
+    if (lane == from) *reinterpret_cast<T*>(word) = value;
+    __syncthreads();
+    const T result = *reinterpret_cast<const T*>(word);
+    __syncthreads();  // the next broadcast may overwrite it
+    return result;
+  }
+  DEVICE bool any(bool predicate) const { return __syncthreads_or(predicate) != 0; }
+  DEVICE void add(u32* shared_word, u32 value) const { atomicAdd(shared_word, value); }
+};
+
+using Acc = ${spec.element.accumulator};
+//% if spec.element.size == 2
+// 16-bit results round away the 2 ulp of these.
+DEVICE Acc exp_of(Acc z) { return __expf(z); }
+DEVICE Acc tanh_of(Acc z) { return 1.0f - 2.0f / (1.0f + __expf(2.0f * z)); }
+//% else
+DEVICE Acc exp_of(Acc z) { return exp(z); }
+DEVICE Acc tanh_of(Acc z) { return tanh(z); }
+//% endif
+DEVICE Acc erf_of(Acc z) { return erf(z); }
+DEVICE Acc fma_of(Acc a, Acc b, Acc c) { return fma(a, b, c); }

@@ -1,0 +1,172 @@
+// ---- The two GEMM tasks ----------------------------------------------------------------------------------------------
+constexpr int kWorkBytes = ${plan.work_bytes};  // of dynamic shared memory: the stages, then a staged tile
+constexpr int kSharedBytes = ${plan.shared_bytes};
+static_assert(kStages * kStageBytes <= kWorkBytes);
+
+// A task and its M-block's rows, resolved by the fetcher warp while the MMA warps run the task before.
+struct TaskSlot {
+  Task task;
+  float weight[kBlockM];        // of the route
+  const Element* row[kBlockM];  // GEMM1: the input row; GEMM2: where the result goes
+};
+
+// ---- Epilogue: staged in shared memory, stored in 16-byte vectors ----
+template <int kColumns>
+struct Staging {
+  // The padding puts the 8 rows that a warp writes at once into different banks.
+  static constexpr int kStride = (kColumns + 8) * int(sizeof(Element));
+  static_assert(kStride % 16 == 0 && kBlockM * kStride <= kWorkBytes);
+  char* bytes;
+
+  DEVICE void put(int row, int column, Acc first, Acc second) const {
+    *reinterpret_cast<Pair*>(bytes + row * kStride + column * int(sizeof(Element))) = pair_of(first, second);
+  }
+  // Columns [first, first + kColumns) of `rows` rows, as far as a row of kWidth reaches.
+  template <int kWidth, class To>
+  DEVICE void store(int rows, int first, To to) const {
+    constexpr int kVectors = kColumns / kVector;
+    for (int i = threadIdx.x; i < rows * kVectors; i += kMmaThreads) {
+      const int row = i / kVectors, column = i % kVectors * kVector;
+      if (first + column >= kWidth) continue;
+      const uint4 part = *reinterpret_cast<const uint4*>(bytes + row * kStride + column * int(sizeof(Element)));
+      *reinterpret_cast<uint4*>(to(row) + first + column) = part;
+    }
+  }
+};
+
+DEVICE Acc bias_at(const Element* bias, long long expert_stride, long long stride, u32 expert, int column, int width) {
+  if constexpr (!kBias) return Acc(0);
+  return column < width ? to_acc(bias[expert * expert_stride + column * stride]) : Acc(0);
+}
+
+// ---- GEMM1 ----
+// Gate and up of a column meet in one lane: atoms alternate, 8 columns of gate, the same 8 of up.
+DEVICE const Element* gemm1_weight(const MoEArgs& args, u64 expert, int first, int n) {
+  const int column = first + (kGated ? n / 16 * 8 + n % 8 : n);
+  if (column >= kIntermediate) return nullptr;
+  if (kGated && n / 8 % 2 == 0) return args.gate + expert * args.gate_expert_stride + column * args.gate_row_stride;
+  return args.up + expert * args.up_expert_stride + column * args.up_row_stride;
+}
+
+DEVICE void gemm1_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums& sums, const Staging<kIntermediateColumns>& staging) {
+  constexpr int kAtoms = kGated ? 2 : 1;  // that make 8 columns of the intermediate
+  const u32 expert = slot.task.block.expert_slot;
+  const int lane = threadIdx.x % 32;
+  const int first = int(slot.task.column) * kIntermediateColumns;
+#pragma unroll
+  for (int n = 0; n < kAtomsN; n += kAtoms) {
+    const int column = (Sums::first_column() + n * 8) / kAtoms + lane % 4 * 2;
+    Acc gate_bias[2], up_bias[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      gate_bias[i] = kGated ? bias_at(args.gate_bias, args.gate_bias_expert_stride, args.gate_bias_stride, expert,
+                                      first + column + i, kIntermediate) : Acc(0);
+      up_bias[i] = bias_at(args.up_bias, args.up_bias_expert_stride, args.up_bias_stride, expert, first + column + i, kIntermediate);
+    }
+#pragma unroll
+    for (int m = 0; m < kAtomsM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = Sums::first_row() + m * 16 + half * 8 + lane / 4;
+        const Acc weight = kWeightOnInput ? Acc(slot.weight[row]) : Acc(1);
+        const Acc* const gate = &sums.atom[m][n][half * 2];
+        const Acc* const up = &sums.atom[m][n + kAtoms - 1][half * 2];
+        staging.put(row, column, intermediate_element(gate[0], up[0], gate_bias[0], up_bias[0], weight),
+                    intermediate_element(gate[1], up[1], gate_bias[1], up_bias[1], weight));
+      }
+    }
+  }
+}
+
+// Columns [column * kIntermediateColumns, ...) of the intermediate.
+DEVICE void gemm1_tile(const Call& call, const TaskSlot& slot, char* work) {
+  const MoEArgs& args = call.args;
+  const Task task = slot.task;
+  const int rows = int(task.block.rows);
+  const int first = int(task.column) * kIntermediateColumns;
+  const Loader<kBlockM> row_loader(args.x, 0, [&](int r) { return r < rows ? slot.row[r] : nullptr; });
+  const Loader<kBlockN> column_loader(args.up, kRowStageBytes, [&](int n) {
+    return gemm1_weight(args, task.block.expert_slot, first, n);
+  });
+  Sums sums;
+  multiply_tile<kHidden>(sums, row_loader, column_loader, shared_address(work), [](int) {});
+  const Staging<kIntermediateColumns> staging{work};
+  gemm1_epilogue(args, slot, sums, staging);
+  sync_mma();
+  Element* const block = intermediate_row(call, task.issue, 0);
+  staging.store<kIntermediate>(rows, first, [&](int r) { return block + r * kIntermediate; });
+  sync_mma();  // everyone's stores are before the release in publish_gemm1()
+  if (threadIdx.x == 0) publish_gemm1(call, task);
+}
+
+// ---- GEMM2 ----
+// What a warp knows of the M-block's GEMM1 tiles: one poll tells it 32 of them.
+struct FinishedTiles {
+  const Call& call;
+  u32 issue;
+  u32 word = 0;
+  u32 bits = 0;
+  bool aborted = false;
+
+  // After an abort the loads go on with whatever is in memory: no barrier may be left half-arrived.
+  DEVICE void wait(u32 column) {
+    if (aborted || (word == column / 32 && (bits >> column % 32 & 1) != 0)) return;
+    u32 seen = 0;  // one lane acquires; pairs with publish_gemm1()
+    if (threadIdx.x % 32 == 0 && wait_gemm1(call, issue, column))
+      seen = load_acquire<Scope::device>(call.column_bits(issue) + column / 32);
+    word = column / 32;
+    bits = WarpGroup{}.broadcast(seen, 0);  // and orders the loads of all lanes after it
+    aborted = bits == 0;
+  }
+};
+
+DEVICE void gemm2_epilogue(const MoEArgs& args, const Task& task, const Sums& sums, const Staging<kBlockN>& staging) {
+  const int lane = threadIdx.x % 32;
+  const int first = int(task.column) * kBlockN;
+#pragma unroll
+  for (int n = 0; n < kAtomsN; ++n) {
+    const int column = Sums::first_column() + n * 8 + lane % 4 * 2;
+    Acc bias[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      bias[i] = bias_at(args.down_bias, args.down_bias_expert_stride, args.down_bias_stride, task.block.expert_slot,
+                        first + column + i, kHidden);
+#pragma unroll
+    for (int m = 0; m < kAtomsM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        staging.put(Sums::first_row() + m * 16 + half * 8 + lane / 4, column, sums.atom[m][n][half * 2] + bias[0],
+                    sums.atom[m][n][half * 2 + 1] + bias[1]);
+  }
+}
+
+// Columns [column * kBlockN, ...) of the expert's result.
+DEVICE void gemm2_tile(const Call& call, const TaskSlot& slot, char* work) {
+  const MoEArgs& args = call.args;
+  const Task task = slot.task;
+  const int rows = int(task.block.rows);
+  const int first = int(task.column) * kBlockN;
+  const Element* const block = intermediate_row(call, task.issue, 0);
+  const Loader<kBlockM> row_loader(block, 0, [&](int r) { return r < rows ? block + r * kIntermediate : nullptr; });
+  const Loader<kBlockN> column_loader(args.down, kRowStageBytes, [&](int n) -> const Element* {
+    if (first + n >= kHidden) return nullptr;
+    return args.down + task.block.expert_slot * args.down_expert_stride + (first + n) * args.down_row_stride;
+  });
+  FinishedTiles finished{call, task.issue};
+  Sums sums;
+  multiply_tile<kIntermediate>(sums, row_loader, column_loader, shared_address(work), [&](int step) {
+    const int begin = step * kBlockK, end = begin + kBlockK < kIntermediate ? begin + kBlockK : kIntermediate;
+    for (int tile = begin / kIntermediateColumns; tile * kIntermediateColumns < end; ++tile) finished.wait(u32(tile));
+  });
+  if (bar_red_or(kMmaBarrier, kMmaThreads, finished.aborted)) return;
+  const Staging<kBlockN> staging{work};
+  gemm2_epilogue(args, task, sums, staging);
+  sync_mma();
+  staging.store<kHidden>(rows, first, [&](int r) { return const_cast<Element*>(slot.row[r]); });
+  sync_mma();  // everyone's stores are before the release in publish_gemm2()
+  const bool finisher = threadIdx.x == 0 && publish_gemm2(call, task);
+  if (!bar_red_or(kMmaBarrier, kMmaThreads, finisher)) return;
+  WarpGroup warp;  // all tiles of the M-block are before this barrier: each warp returns its share of the rows
+  const int share = int(threadIdx.x) / 32;
+  return_rows(warp, call, task.block, rows * share / kMmaWarps, rows * (share + 1) / kMmaWarps);
+}
