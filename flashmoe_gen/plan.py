@@ -14,6 +14,7 @@ from .spec import MAX_EXPERTS, MAX_WORLD_SIZE, MoESpec
 CHUNK_TOKENS = 16  # tokens of one dispatch task: a signal's meaning, so the same for every kernel of a heap
 PLANNER_TOKENS = 32  # fewest tokens worth a planner of their own
 WARP = 32
+_ENOUGH_REGISTERS = 160  # of a thread: the accumulators of a warp's 32 x 64 and everything around them
 _DRIVER_BYTES = 1024  # shared memory the driver takes of every block
 
 
@@ -82,10 +83,10 @@ def default_tile(spec: MoESpec, arch: str) -> TileConfig:
     if target.is_host:
         return TileConfig(block_m=32, block_n=64)
     if spec.dtype == "float64":
-        return TileConfig(block_m=64, block_n=64, block_k=16, stages=3, warps_m=4, warps_n=2)
+        return TileConfig(block_m=64, block_n=64, block_k=16, stages=3, warps_m=2, warps_n=2)
     if spec.dtype == "float32":
-        return TileConfig(block_m=64, block_n=128, block_k=32, stages=3, warps_m=2, warps_n=4, math="tf32")
-    return TileConfig(block_m=64, block_n=128, block_k=64, stages=3, warps_m=2, warps_n=4)
+        return TileConfig(block_m=64, block_n=128, block_k=32, stages=3, warps_m=2, warps_n=2, math="tf32")
+    return TileConfig(block_m=64, block_n=128, block_k=64, stages=3, warps_m=2, warps_n=2)
 
 
 def resolve_combine(spec: MoESpec, tile: TileConfig, arch: Arch) -> str:
@@ -190,16 +191,26 @@ def _plan_mma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, int]:
             f"stages={tile.stages} of {stage_bytes} bytes need {shared_bytes} bytes of shared memory; "
             f"{arch.name} has {arch.shared_bytes} per block. Take fewer stages or a smaller tile."
         )
-    # The driver takes 1 KiB of each block; what is left of a multiprocessor is what one block may use.
-    fits_twice = 2 * shared_bytes + _DRIVER_BYTES <= arch.shared_bytes
-    min_blocks = 2 if fits_twice and threads <= WARP * 9 else 1
     return {
         "threads": threads,
         "stage_bytes": stage_bytes,
         "work_bytes": work_bytes,
         "shared_bytes": shared_bytes,
-        "min_blocks": min_blocks,
+        "min_blocks": _min_blocks(threads // WARP, shared_bytes, arch),
     }
+
+
+def _min_blocks(warps: int, shared_bytes: int, arch: Arch) -> int:
+    """The blocks of a multiprocessor that fit its shared memory and leave a thread enough registers."""
+    blocks = 1
+    while True:
+        # The driver takes 1 KiB of every block, also of the one that may use all of `arch.shared_bytes`.
+        fits = (blocks + 1) * (shared_bytes + _DRIVER_BYTES) <= arch.shared_bytes + _DRIVER_BYTES
+        # Warps are dealt to four partitions; each has a quarter of the registers.
+        registers = arch.registers // 4 // WARP // _ceil((blocks + 1) * warps, 4)
+        if not fits or registers < _ENOUGH_REGISTERS:
+            return blocks
+        blocks += 1
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+
 from ..arch import ARCHS
 from ..cache import CompiledKernel
 from ..errors import UnsupportedError
@@ -40,7 +41,9 @@ def demo(
     """Plan, generate, compile, run and check one MoE layer of a real model, with random weights."""
     if target != "host":
         raise UnsupportedError(f"--target {target} is not supported: this version launches the host target alone.")
-    fixed = {"max_tokens": tokens, "world_size": ranks} | ({"num_experts": experts} if experts is not None else {})
+    fixed: dict[str, Any] = {"max_tokens": tokens, "world_size": ranks} | (
+        {"num_experts": experts} if experts is not None else {}
+    )
     asked = request(model, None, set_, **fixed)
     report = _Demo(model, asked.spec, asked.tile_for("host"), seed, quiet=json_)
     result = report.run()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from ..arch import ARCHS, get_arch
 from ..cache import CompiledKernel
 from ..errors import FlashMoEError, SpecError
 from ..launch.host import build_program
+from ..plan import plan_kernel
 from ..render import KernelSource, generate
 from . import console
 from .console import JsonFlag
@@ -108,8 +108,7 @@ def _compile_all(asked: Request | None, archs: list[str], kind: Kernel) -> list[
         try:
             if not is_kernel or asked is None:
                 return _describe(build_program("launcher"))
-            source = _generate(asked, arch, kind)
-            return _describe(source.compile(), digest=source.digest)
+            return _compile(asked, arch, kind)
         except SpecError:
             raise
         except FlashMoEError as error:
@@ -128,11 +127,17 @@ def _compile_all(asked: Request | None, archs: list[str], kind: Kernel) -> list[
     return [results[index] for index in sorted(results)]
 
 
-def _describe(compiled: CompiledKernel, *, digest: str | None = None) -> dict[str, Any]:
+def _compile(asked: Request, arch: str, kind: Kernel) -> dict[str, Any]:
+    source = _generate(asked, arch, kind)
+    described = {"digest": source.digest, **_describe(source.compile())}
+    if kind == "moe":  # the router takes none at launch
+        described["shared_bytes"] += plan_kernel(asked.spec, asked.tile_for(arch), arch).shared_bytes
+    return described
+
+
+def _describe(compiled: CompiledKernel) -> dict[str, Any]:
     names = ("name", "arch", "registers", "spill_bytes", "shared_bytes", "seconds", "from_cache", "compiler", "path")
-    fields = {field.name for field in dataclasses.fields(compiled)}
-    described = {name: getattr(compiled, name) for name in names if name in fields}
-    return {**described, **({"digest": digest} if digest else {})}
+    return {name: getattr(compiled, name) for name in names}
 
 
 def _show(results: list[dict[str, Any]]) -> None:
@@ -142,8 +147,6 @@ def _show(results: list[dict[str, Any]]) -> None:
             rows.insert(1, ("digest", result["digest"]))
         if result["arch"] != "host":
             rows += [("registers", result["registers"]), ("spills", console.size(result["spill_bytes"]))]
-            rows += [("static shared memory", console.size(result["shared_bytes"]))]
-        compiled = f"{result['seconds']:.2f} s" + (
-            " (when it was compiled; now from the cache)" if result["from_cache"] else ""
-        )
-        console.pairs(result["name"], [*rows, ("compiled in", compiled)])
+            rows.append(("shared memory", console.size(result["shared_bytes"])))
+        when = "  (then; now taken from the cache)" if result["from_cache"] else ""
+        console.pairs(result["name"], [*rows, ("compiled in", f"{result['seconds']:.2f} s{when}")])

@@ -38,7 +38,8 @@ class Problem:
         """The weights of one rank's experts, without a copy: the default placement holds blocks of experts."""
         held = placement.local_experts(rank)
         first = held[0] if held else 0
-        return Experts(**{name: array[first : first + len(held)] for name, array in self.weights.items()})
+        arrays: dict[str, Any] = {name: array[first : first + len(held)] for name, array in self.weights.items()}
+        return Experts(**arrays)
 
 
 def weight_shapes(spec: MoESpec) -> dict[str, tuple[int, ...]]:
@@ -103,11 +104,11 @@ def random_problem(spec: MoESpec, seed: int) -> Problem:
 
 
 def random_values(shape: tuple[int, ...], dtype: np.dtype[Any], scale: float, seed: tuple[int, ...]) -> Array:
-    """Random numbers of a given root mean square, made from bits: a gigabyte a second.
+    """Random numbers of about a given root mean square, made from bits because that is fast.
 
-    Sign, mantissa and the two lowest bits of the exponent are random, so magnitudes span four powers of two.
+    Sign, mantissa and two bits of the exponent are random, so magnitudes span four powers of two.
     """
-    info = ml_dtypes.finfo(dtype)
+    info: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
     word = np.dtype(f"u{dtype.itemsize}")
     mantissa, bias = int(info.nmant), int(info.maxexp) - 1
     count = math.prod(shape)

@@ -12,7 +12,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kFragmentTokens = ${plan.block_tokens};
 constexpr int kFragmentExperts = ${plan.block_experts};
 constexpr int kWideRows = 2;                                // fragments of a wide tile
-constexpr int kWideColumns = sizeof(Acc) == 8 ? 4 : 8;
+constexpr int kWideColumns = sizeof(Element) == 2 ? 8 : 4;
 constexpr int kChunk = 64 / int(sizeof(Element));           // elements of a row that one load of a warp takes
 constexpr int kChunks = (kHidden + kChunk - 1) / kChunk;
 constexpr int kRound = 32 / int(sizeof(Acc));               // fragments that shared memory holds for every warp
