@@ -65,7 +65,8 @@ class View:
         if 0 in self.shape:
             return np.empty(self.shape, dtype)
         reach = sum((n - 1) * s for n, s in zip(self.shape, self.strides)) + 1
-        flat = np.frombuffer((ctypes.c_char * (reach * dtype.itemsize)).from_address(self.pointer), dtype)
+        memory: Any = (ctypes.c_char * (reach * dtype.itemsize)).from_address(self.pointer)
+        flat = np.frombuffer(memory, dtype)
         return np.lib.stride_tricks.as_strided(flat, self.shape, [s * dtype.itemsize for s in self.strides])
 
 

@@ -176,8 +176,8 @@ def _plan_mma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, int]:
     if tile.block_n % (16 * tile.warps_n):
         raise SpecError(f"block_n={tile.block_n} is not valid. Must be a multiple of 16 * warps_n = {16 * tile.warps_n}.")
     warps = tile.warps_m * tile.warps_n
-    if warps > 16 or warps % 2:
-        raise SpecError(f"warps_m * warps_n = {warps} is not valid. Must be an even number of warps, at most 16.")
+    if warps > 16 or warps % 4:
+        raise SpecError(f"warps_m * warps_n = {warps} is not valid. Must be 4, 8, 12 or 16 warps.")
     if tile.stages < 2:
         raise SpecError(f"stages={tile.stages} is not valid on {arch.name}. Must be at least 2.")
     threads = WARP * (warps + 1)  # one warp fetches tasks

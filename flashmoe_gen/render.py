@@ -142,7 +142,8 @@ PARTS: dict[tuple[str, str], list[str]] = {
 
 
 def _command(kind: str, arch: Arch, fields: dict[str, Any], tile: dict[str, Any]) -> str:
-    options = [f"--set {name}={value}" for name, value in {**fields, **tile}.items() if value is not None]
+    fields = {name: value for name, value in fields.items() if value is not None}  # None is what the command assumes
+    options = [f"--set {name}={value}" for name, value in {**fields, **tile}.items()]
     return " ".join(["flashmoe-gen compile", f"--kernel {kind}", f"--arch {arch.name}", *options])
 
 

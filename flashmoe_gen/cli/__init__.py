@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_fail(words, str(error), type(error).__name__, 2 if isinstance(error, SpecError) else 1))
     except _USAGE as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        sys.exit(_fail(words, f"{message} See flashmoe-gen --help.", "UsageError", 2) if message else 2)
+        sys.exit(_fail(words, f"{message.rstrip('.')}. See flashmoe-gen --help.", "UsageError", 2) if message else 2)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(_fail(words, "Interrupted.", "Interrupted", 130))
 

@@ -25,7 +25,7 @@ def _console(stderr: bool) -> Console:
     return Console(stderr=stderr, width=None if stream.isatty() else _PIPE_WIDTH, highlight=False)
 
 
-def _print(what: Table | str, **options: Any) -> None:
+def _print(what: Table | Text | str, **options: Any) -> None:
     _console(stderr=False).print(what, **options)
     sys.stdout.flush()  # in order with progress on stderr, into a file too
 
@@ -60,7 +60,9 @@ def _jsonable(value: object) -> str:
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], *, left: int = 1) -> None:
     """Print a table whose first ``left`` columns are aligned to the left, the others to the right."""
-    view = _table(title, header_style="bold cyan")
+    if title:
+        _print(Text(title, "bold"))
+    view = Table(header_style="bold cyan", box=None, pad_edge=False)
     for index, column in enumerate(columns):
         view.add_column(column, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
@@ -69,17 +71,13 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], 
 
 
 def pairs(title: str, rows: Iterable[tuple[str, object]]) -> None:
-    """Print a table of names and values."""
-    view = _table(title, show_header=False)
-    view.add_column(style="cyan", no_wrap=True)
-    view.add_column(overflow="fold")
-    for name, value in rows:
-        view.add_row(_text(name), _text(value))
-    _print(view)
-
-
-def _table(title: str, **options: Any) -> Table:
-    return Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, **options)
+    """Print names and values, a line each; long values are not broken, so that a path can be copied."""
+    listed = list(rows)
+    width = max(len(name) for name, _ in listed)
+    if title:
+        _print(Text(title, "bold"), soft_wrap=True)
+    for name, value in listed:
+        _print(Text.assemble((f"{name:<{width}}  ", "cyan"), _text(value)), soft_wrap=True)
 
 
 def _text(value: object) -> Text:

@@ -118,7 +118,7 @@ class _Demo:
             rows = [
                 (
                     "tokens",
-                    f"{spec.max_tokens} on each of {spec.world_size} ranks, hidden_size {spec.hidden_size}, {spec.dtype}",
+                    f"{spec.max_tokens} on each of {_ranks(spec)}, hidden_size {spec.hidden_size}, {spec.dtype}",
                 ),
                 (
                     "experts",
@@ -155,7 +155,7 @@ class _Demo:
     def _run_and_check(self, problem: Problem) -> tuple[list[dict[str, Any]], list[Check]]:
         spec = self.spec
         with World(problem, self.tile) as world:
-            with self._timed("run", f"running {spec.world_size} ranks"):
+            with self._timed("run", f"running {_ranks(spec)}"):
                 first = world.run(problem.tokens)
             with self._timed("run", "running again"):
                 second = world.run(problem.tokens)
@@ -171,7 +171,8 @@ class _Demo:
             check_same("a second run gives the same bits", "all ids, weights and y", second, first),
             check_same(f"uneven ranks ({counts} tokens) give the same bits", "and every rank returns", fewer, first),
         ]
-        if spec.capacity is None:  # a capacity counts per source rank
+        # A capacity counts per source rank, and rows summed by their owner are rounded per rank.
+        if spec.capacity is None and self.tile.combine != "rank":
             with World(problem, self.tile, self._alone()) as one, self._timed("run", "running on one rank"):
                 alone = one.run([joined(first).x])
             name = "one rank with all experts and tokens gives the same bits"
@@ -222,6 +223,10 @@ class _Demo:
             console.table("\nThe same layer for GPUs (generated, not run)", columns, rows)
             console.say(f"Compile them, without a GPU: flashmoe-gen compile --model {self.model} --arch all")
         return found
+
+
+def _ranks(spec: MoESpec) -> str:
+    return "1 rank" if spec.world_size == 1 else f"{spec.world_size} ranks"
 
 
 def _build_time(kernel: CompiledKernel) -> str:

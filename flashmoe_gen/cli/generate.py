@@ -141,12 +141,17 @@ def _describe(compiled: CompiledKernel) -> dict[str, Any]:
 
 
 def _show(results: list[dict[str, Any]]) -> None:
-    for result in (result for result in results if "error" not in result):
-        rows: list[tuple[str, object]] = [("arch", result["arch"]), ("path", result["path"])]
-        if "digest" in result:
-            rows.insert(1, ("digest", result["digest"]))
-        if result["arch"] != "host":
-            rows += [("registers", result["registers"]), ("spills", console.size(result["spill_bytes"]))]
-            rows.append(("shared memory", console.size(result["shared_bytes"])))
-        when = "  (then; now taken from the cache)" if result["from_cache"] else ""
-        console.pairs(result["name"], [*rows, ("compiled in", f"{result['seconds']:.2f} s{when}")])
+    built = [result for result in results if "error" not in result]
+    if not built:
+        return
+    rows = [
+        (
+            result["arch"], result.get("digest", "launcher")[:12], result["registers"] or "-", result["spill_bytes"],
+            console.size(result["shared_bytes"]), f"{result['seconds']:.1f} s",
+            "from the cache" if result["from_cache"] else "compiled now",
+        )
+        for result in built
+    ]  # fmt: skip
+    console.table("", "arch,digest,registers,spill bytes,shared memory,compiled in,".split(","), rows, left=2)
+    console.say()
+    console.pairs("", [(result["name"], result["path"]) for result in built])

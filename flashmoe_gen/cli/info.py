@@ -30,7 +30,7 @@ _VARIABLES: dict[str, Callable[[], object]] = {
     "FLASHMOE_TIMEOUT_S": env.timeout_s,
     "FLASHMOE_TARGET": lambda: env.target() or "automatic",
     "FLASHMOE_NO_JIT": env.no_jit,
-    "FLASHMOE_KEEP_SOURCE": env.keep_source,
+    "FLASHMOE_KEEP_SOURCE": lambda: env.keep_source() or "nowhere",
     "FLASHMOE_LOG": env.log_level,
     "CXX": lambda: os.environ.get("CXX") or "automatic",
 }

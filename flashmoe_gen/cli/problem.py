@@ -11,10 +11,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ..arch import get_arch
 from ..errors import FlashMoEError
 from ..experts import Experts
 from ..layout import HeapLayout, HeapNeeds, WorkspaceLayout
-from ..plan import TileConfig, plan_kernel
+from ..plan import TileConfig, plan_kernel, resolve_combine
 from ..spec import MoESpec, Placement
 from . import console
 from .memory import available_bytes
@@ -62,8 +63,9 @@ def runtime_bytes(spec: MoESpec, tile: TileConfig, processors: int) -> tuple[int
     """Bytes of the symmetric heap and of the workspace, on the rank that holds most experts."""
     local = len(Placement.default(spec.num_experts, spec.world_size).local_experts(0))
     plan = plan_kernel(spec, tile, "host")
-    workspace = WorkspaceLayout.of(spec, tile, plan, combine="route", local_experts=local, processors=processors)
-    return HeapLayout.of(HeapNeeds.of(spec, "route"), spec.world_size).bytes, workspace.bytes
+    combine = resolve_combine(spec, tile, get_arch("host"))
+    workspace = WorkspaceLayout.of(spec, tile, plan, combine=combine, local_experts=local, processors=processors)
+    return HeapLayout.of(HeapNeeds.of(spec, combine), spec.world_size).bytes, workspace.bytes
 
 
 def require_memory(spec: MoESpec, needed: int) -> None:

@@ -104,24 +104,25 @@ struct Deadline {
   u64 start = 0;
   u32 polls = 0;
 
-  DEVICE bool passed(const Call& call) {
+  DEVICE bool passed(const Call& call, u32 patience = 1) {
     backoff(polls++);
     if (call.args.timeout_ns == 0 || polls % 64 != 0) return false;
     const u64 now = now_ns();
     if (start == 0) start = now;
-    return now - start > u64(call.args.timeout_ns);
+    return now - start > u64(call.args.timeout_ns) * patience;
   }
 };
 
 // Poll `probe() -> u64` until `ready(value)`. False when the call is aborted, by this wait or by another.
 template <class Probe, class Ready>
 DEVICE bool wait_until(const Call& call, Await what, u32 detail, u64 expected, Probe probe, Ready ready) {
+  const u32 patience = what == Await::task ? 2 : 1;  // who starves the queue gives up first, and names the cause
   Deadline deadline;
   while (true) {
     const u64 seen = probe();
     if (ready(seen)) return true;
     if (aborted(call)) return false;
-    if (deadline.passed(call)) {
+    if (deadline.passed(call, patience)) {
       abort_call(call, what, detail, expected, seen);
       return false;
     }

@@ -117,6 +117,7 @@ DEVICE void select_experts(Group& group, const RouterArgs& args, Acc* logits, in
   // do not tie because their scores round to the same number. Only sums of scores need the scores themselves.
   const bool biased = args.selection_bias != nullptr;
   if (biased) {
+    group.sync();  // every lane has read the largest logit
     for (int e = group.lane; e < experts; e += Group::size) logits[e] = scoring.score(logits[e]);
     group.sync();
   }

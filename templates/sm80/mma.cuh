@@ -13,18 +13,19 @@ DEVICE constexpr u32 swizzle(u32 row) {
   return kRowBytes == 128 ? reversed : reversed >> 1;
 }
 
-// The place of a lane's data in a tile: `byte` of the first k step of `row`. Rows further on by a multiple of 8 have the same swizzle.
+// The place of a lane's data in a tile: `byte` of the first k step of `row`. Rows further on by a multiple of 8 have the same
+// swizzle. The tile starts at a multiple of kRowBytes, so a k step enters by xor; that is all there is to compute per step.
 template <int kRowBytes>
 struct Place {
-  u32 row_start;
-  u32 flip;  // the k step enters by xor
+  u32 first;
 
-  DEVICE Place(u32 row, u32 byte) : row_start(row * kRowBytes), flip(swizzle<kRowBytes>(row) * 16 ^ byte) {}
-  DEVICE u32 at(u32 tile, int rows_on, u32 step_start) const { return tile + row_start + rows_on * kRowBytes + (flip ^ step_start); }
+  DEVICE Place(u32 row, u32 byte) : first(row * kRowBytes + (swizzle<kRowBytes>(row) * 16 ^ byte)) {}
+  DEVICE u32 at(u32 tile, int rows_on, u32 step_start) const { return ((tile + first) ^ step_start) + rows_on * kRowBytes; }
 };
 
 //% if spec.dtype == "float64"
 constexpr int kStepBytes = 32;  // k4
+constexpr int kUnrolledSteps = 4;
 struct RowFragment {
   double low, high;  // rows g and g + 8, k = l % 4
 };
@@ -53,7 +54,8 @@ DEVICE void multiply(Accumulator& c, const RowFragment& a, const ColumnFragment&
   mma_m8n8k4_f64(c[2], c[3], a.high, b.value[kAtom]);
 }
 //% elif spec.dtype == "float32" and tile and tile.math == "ffma"
-constexpr int kStepBytes = 16;  // k4: IEEE products and sums, k ascending
+constexpr int kStepBytes = 16;     // k4: IEEE products and sums, k ascending
+constexpr int kUnrolledSteps = 1;  // ptxas would load the operands of all steps before the first product
 struct RowFragment {
   float value[2][4];  // rows g and g + 8
 };
@@ -96,6 +98,7 @@ DEVICE void multiply(Accumulator& c, const RowFragment& a, const ColumnFragment&
 }
 //% else
 constexpr int kStepBytes = 32;  // k16 of 16-bit elements, k8 of tf32
+constexpr int kUnrolledSteps = 4;
 struct RowFragment {
   u32 value[4];
 };

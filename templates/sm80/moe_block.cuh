@@ -92,5 +92,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, ${plan.min_blocks}) ${nam
   const Call call = begin_call(args, blockIdx.x, gridDim.x, role);
   if (system) run_system(call, work);
   else process(block, call, work, state);
-  leave(block, call, blockIdx.x, gridDim.x);
+  // Read again rather than held in registers all along: the epoch stands until every block has left.
+  leave(block, begin_call(args, blockIdx.x, gridDim.x, role), blockIdx.x, gridDim.x);
 }

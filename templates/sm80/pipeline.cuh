@@ -12,7 +12,7 @@ constexpr int kRowsPerPass = kMmaThreads / kChunks;  // one 16-byte chunk per th
 constexpr u32 kRowStageBytes = kBlockM * kRowBytes;
 constexpr u32 kStageBytes = kRowStageBytes + kBlockN * kRowBytes;
 static_assert(kStageBytes == ${plan.stage_bytes});
-static_assert(kRowsPerPass % 8 == 0, "all rows of a thread have one swizzle");
+static_assert(kRowsPerPass % 16 == 0, "all rows of a thread have one swizzle, and are all gate or all up");
 
 constexpr int kAtomsM = kBlockM / kWarpsM / 16;  // of one warp
 constexpr int kAtomsN = kBlockN / kWarpsN / 8;
@@ -20,44 +20,76 @@ static_assert(kAtomsN % 2 == 0);
 
 DEVICE void sync_mma() { bar_sync(kMmaBarrier, kMmaThreads); }
 
-// One operand's share of a thread: the same chunk of every kRowsPerPass-th row.
-template <int kRows>
-struct Loader {
-  static constexpr int kPasses = (kRows + kRowsPerPass - 1) / kRowsPerPass;
-  const char* from[kPasses];
-  u32 present = 0;  // bit per pass; absent rows are zeros in shared memory
-  u32 to;           // in the stage, for pass 0
+// A thread loads the same chunk of every kRowsPerPass-th row of an operand.
+DEVICE u32 loader_row() { return threadIdx.x / kChunks; }
+DEVICE u32 loader_byte() { return threadIdx.x % kChunks * 16; }
+DEVICE u32 loader_place() { return loader_row() * kRowBytes + (loader_byte() ^ swizzle<kRowBytes>(loader_row()) * 16); }
 
-  // locate(row) is the row's start in global memory; null: absent. `anywhere` is an address that cp.async may name without reading.
+// Whether a pass of kRows rows reaches this thread at all, and whether a step of kDepth elements does.
+template <int kRows>
+DEVICE bool has_row(int pass) {
+  return kRows % kRowsPerPass == 0 || int(loader_row()) + pass * kRowsPerPass < kRows;
+}
+template <int kDepth>
+DEVICE bool inside_row(int step) {
+  constexpr u32 kBytes = kDepth * sizeof(Element);
+  return kBytes % kRowBytes == 0 || u32(step) * kRowBytes + loader_byte() < kBytes;
+}
+
+// Rows anywhere in memory; absent ones are zeros in shared memory.
+struct RowLoader {
+  static constexpr int kPasses = (kBlockM + kRowsPerPass - 1) / kRowsPerPass;
+  static_assert(kPasses <= 32);
+  const char* from[kPasses];
+  u32 present = 0;  // bit per pass
+
+  // locate(row) is where a row starts, null when it is absent; `anywhere` is an address to name without reading it.
   template <class Locate>
-  DEVICE Loader(const void* anywhere, u32 first_byte, Locate locate) {
-    const u32 row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-    to = first_byte + row * kRowBytes + ((chunk ^ swizzle<kRowBytes>(row)) * 16);
+  DEVICE RowLoader(const Element* anywhere, Locate locate) {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      const int r = int(row) + pass * kRowsPerPass;
-      const Element* start = r < kRows ? locate(r) : nullptr;
+      const Element* start = has_row<kBlockM>(pass) ? locate(int(loader_row()) + pass * kRowsPerPass) : nullptr;
       present |= u32(start != nullptr) << pass;
-      from[pass] = static_cast<const char*>(start != nullptr ? start : anywhere) + chunk * 16;
+      from[pass] = reinterpret_cast<const char*>(start != nullptr ? start : anywhere) + loader_byte();
     }
   }
-
-  // Chunks of one stage; of a row's kDepth elements only, so a last stage may end in zeros.
   template <int kDepth>
   DEVICE void load(u32 stage, int step) const {
-    constexpr u32 kBytes = kDepth * sizeof(Element);
-    const u32 offset = u32(step) * kRowBytes;
-    bool inside = true;
-    if constexpr (kBytes % kRowBytes != 0) inside = offset + threadIdx.x % kChunks * 16 < kBytes;
+    const bool inside = inside_row<kDepth>(step);
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      if (kRows % kRowsPerPass != 0 && int(threadIdx.x) / kChunks + pass * kRowsPerPass >= kRows) continue;
+      if (!has_row<kBlockM>(pass)) continue;
       const bool wanted = inside && (present >> pass & 1) != 0;
-      cp_async_16(stage + to + pass * kRowsPerPass * kRowBytes, from[pass] + (wanted ? offset : 0), wanted ? 16 : 0);
+      cp_async_16(stage + loader_place() + pass * kRowsPerPass * kRowBytes, from[pass] + (wanted ? step * kRowBytes : 0), wanted ? 16 : 0);
     }
   }
 };
-static_assert((kBlockM + kRowsPerPass - 1) / kRowsPerPass <= 32 && (kBlockN + kRowsPerPass - 1) / kRowsPerPass <= 32);
+
+// Rows of a weight matrix: pass p reads row first + p * step, absent from row `count` on.
+struct WeightLoader {
+  static constexpr int kPasses = (kBlockN + kRowsPerPass - 1) / kRowsPerPass;
+  const char* from;
+  long long pass_bytes;
+  int present;  // leading passes
+
+  DEVICE WeightLoader(const Element* matrix, long long row_stride, int first, int step, int count) {
+    present = first < count ? (count - first + step - 1) / step : 0;
+    from = reinterpret_cast<const char*>(matrix + (present > 0 ? first * row_stride : 0)) + loader_byte();
+    pass_bytes = step * row_stride * int(sizeof(Element));
+  }
+  template <int kDepth>
+  DEVICE void load(u32 stage, int step) const {
+    const bool inside = inside_row<kDepth>(step);
+    const char* source = from + step * kRowBytes;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      if (!has_row<kBlockN>(pass)) continue;
+      const bool wanted = inside && pass < present;
+      cp_async_16(stage + kRowStageBytes + loader_place() + pass * kRowsPerPass * kRowBytes, wanted ? source : from, wanted ? 16 : 0);
+      source += pass_bytes;
+    }
+  }
+};
 
 // The sums of one warp: kAtomsM x kAtomsN atoms of its part of the tile.
 struct Sums {
@@ -78,7 +110,7 @@ struct Sums {
 
 template <class RowPlace, class ColumnPlace>
 DEVICE void multiply_stage(Sums& sums, u32 rows, u32 columns, const RowPlace& row_place, const ColumnPlace& column_place) {
-#pragma unroll
+#pragma unroll kUnrolledSteps
   for (int step = 0; step < kRowBytes; step += kStepBytes) {
     RowFragment a[kAtomsM];
 #pragma unroll
@@ -99,7 +131,7 @@ DEVICE void multiply_stage(Sums& sums, u32 rows, u32 columns, const RowPlace& ro
 // sums = rows . columns over kDepth elements. ready(step) returns when the row chunks of a step may be read; the columns are
 // weights, which nobody has to wait for. All MMA threads call this; the stages are free again when it returns.
 template <int kDepth, class Ready>
-DEVICE void multiply_tile(Sums& sums, const Loader<kBlockM>& rows, const Loader<kBlockN>& columns, u32 stages, Ready ready) {
+DEVICE void multiply_tile(Sums& sums, const RowLoader& rows, const WeightLoader& columns, u32 stages, Ready ready) {
   constexpr int kSteps = (kDepth + kBlockK - 1) / kBlockK;
   const auto load = [&](int step, u32 slot) {
     if (step < kSteps) {

@@ -9,13 +9,13 @@
 // neither on the number of tokens nor on its place among them.
 constexpr int kThreads = ${plan.threads};
 constexpr int kWarps = kThreads / 32;
-constexpr int kFragmentTokens = ${plan.block_tokens};
+constexpr int kFragmentTokens = kBlockTokens;
 constexpr int kFragmentExperts = ${plan.block_experts};
 constexpr int kWideRows = 2;                                // fragments of a wide tile
 constexpr int kWideColumns = sizeof(Element) == 2 ? 8 : 4;
 constexpr int kChunk = 64 / int(sizeof(Element));           // elements of a row that one load of a warp takes
 constexpr int kChunks = (kHidden + kChunk - 1) / kChunk;
-constexpr int kRound = 32 / int(sizeof(Acc));               // fragments that shared memory holds for every warp
+constexpr int kRound = 32 / int(sizeof(Acc));               // fragments in shared memory at a time: 32 KiB
 
 // One fragment of sums: a lane has tokens g = lane / 4 and g + 8 at experts 2 (lane % 4) and the next.
 struct alignas(16) Sums {
@@ -62,10 +62,13 @@ DEVICE void multiply(Sums& c, const Operand& low, const Operand& high, const Ope
   for (int i = 0; i < 4; ++i) c.value[i] += part[i];
 }
 //% else
+DEVICE void multiply_step(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  ${{"bfloat16": "mma_m16n8k16_bf16", "float16": "mma_m16n8k16_f16"}[spec.dtype]}(c, a, b0, b1);
+}
 DEVICE void multiply(Sums& c, const Operand& low, const Operand& high, const Operand& b) {
 #pragma unroll
   for (int i = 0; i < 4; i += 2)
-    ${{"bfloat16": "mma_m16n8k16_bf16", "float16": "mma_m16n8k16_f16"}[spec.dtype]}(c.value, {low.word[i], high.word[i], low.word[i + 1], high.word[i + 1]}, b.word[i], b.word[i + 1]);
+    multiply_step(c.value, {low.word[i], high.word[i], low.word[i + 1], high.word[i + 1]}, b.word[i], b.word[i + 1]);
 }
 //% endif
 
@@ -87,7 +90,8 @@ struct SelectGroup : WarpGroup {
   }
 };
 
-// Sums of all warps on their way to one: one fragment at a time and warp, or kRound of them.
+// The sums of all warps for up to kRound fragments; then warp f adds up fragment f.
+static_assert(kRound <= kWarps);
 using Parts = Sums[kRound][kWarps][32];
 
 DEVICE int tiles_of(int count, int tile) { return (count + tile - 1) / tile; }
@@ -145,8 +149,10 @@ DEVICE void make_logits(const RouterArgs& args, Parts& parts, int tokens, int fi
     for (int i = 0; i < kAhead; ++i) {
       if (start + i * kWarps >= kChunks) break;
 #pragma unroll
-      for (int f = 0; f < kFragments; ++f)
-        multiply(sums[f], ring[i].tokens[f / kColumns * 2], ring[i].tokens[f / kColumns * 2 + 1], ring[i].experts[f % kColumns]);
+      for (int f = 0; f < kFragments; ++f) {
+        const Operand* const rows = &ring[i].tokens[f / kColumns * 2];
+        multiply(sums[f], rows[0], rows[1], ring[i].experts[f % kColumns]);
+      }
       reader.load(ring[i], start + (i + kAhead) * kWarps);
     }
   }

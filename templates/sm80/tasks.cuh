@@ -41,11 +41,14 @@ DEVICE Acc bias_at(const Element* bias, long long expert_stride, long long strid
 
 // ---- GEMM1 ----
 // Gate and up of a column meet in one lane: atoms alternate, 8 columns of gate, the same 8 of up.
-DEVICE const Element* gemm1_weight(const MoEArgs& args, u64 expert, int first, int n) {
-  const int column = first + (kGated ? n / 16 * 8 + n % 8 : n);
-  if (column >= kIntermediate) return nullptr;
-  if (kGated && n / 8 % 2 == 0) return args.gate + expert * args.gate_expert_stride + column * args.gate_row_stride;
-  return args.up + expert * args.up_expert_stride + column * args.up_row_stride;
+DEVICE WeightLoader gemm1_weights(const MoEArgs& args, u64 expert, int first) {
+  const int n = int(loader_row());
+  const Element* const up = args.up + expert * args.up_expert_stride;
+  if constexpr (!kGated) return WeightLoader(up, args.up_row_stride, first + n, kRowsPerPass, kIntermediate);
+  const bool is_gate = n / 8 % 2 == 0;
+  const Element* const matrix = is_gate ? args.gate + expert * args.gate_expert_stride : up;
+  return WeightLoader(matrix, is_gate ? args.gate_row_stride : args.up_row_stride, first + n / 16 * 8 + n % 8, kRowsPerPass / 2,
+                      kIntermediate);
 }
 
 DEVICE void gemm1_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums& sums, const Staging<kIntermediateColumns>& staging) {
@@ -84,10 +87,8 @@ DEVICE void gemm1_tile(const Call& call, const TaskSlot& slot, char* work) {
   const Task task = slot.task;
   const int rows = int(task.block.rows);
   const int first = int(task.column) * kIntermediateColumns;
-  const Loader<kBlockM> row_loader(args.x, 0, [&](int r) { return r < rows ? slot.row[r] : nullptr; });
-  const Loader<kBlockN> column_loader(args.up, kRowStageBytes, [&](int n) {
-    return gemm1_weight(args, task.block.expert_slot, first, n);
-  });
+  const RowLoader row_loader(args.x, [&](int r) { return r < rows ? slot.row[r] : nullptr; });
+  const WeightLoader column_loader = gemm1_weights(args, task.block.expert_slot, first);
   Sums sums;
   multiply_tile<kHidden>(sums, row_loader, column_loader, shared_address(work), [](int) {});
   const Staging<kIntermediateColumns> staging{work};
@@ -147,11 +148,9 @@ DEVICE void gemm2_tile(const Call& call, const TaskSlot& slot, char* work) {
   const int rows = int(task.block.rows);
   const int first = int(task.column) * kBlockN;
   const Element* const block = intermediate_row(call, task.issue, 0);
-  const Loader<kBlockM> row_loader(block, 0, [&](int r) { return r < rows ? block + r * kIntermediate : nullptr; });
-  const Loader<kBlockN> column_loader(args.down, kRowStageBytes, [&](int n) -> const Element* {
-    if (first + n >= kHidden) return nullptr;
-    return args.down + task.block.expert_slot * args.down_expert_stride + (first + n) * args.down_row_stride;
-  });
+  const RowLoader row_loader(block, [&](int r) { return r < rows ? block + r * kIntermediate : nullptr; });
+  const WeightLoader column_loader(args.down + task.block.expert_slot * args.down_expert_stride, args.down_row_stride,
+                                   first + int(loader_row()), kRowsPerPass, kHidden);
   FinishedTiles finished{call, task.issue};
   Sums sums;
   multiply_tile<kIntermediate>(sums, row_loader, column_loader, shared_address(work), [&](int step) {
