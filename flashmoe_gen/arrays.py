@@ -1,4 +1,4 @@
-"""Arrays as users hand them over: NumPy, or anything that speaks DLPack on the CPU. Zero-copy, checked, never converted."""
+"""Arrays as users hand them over: NumPy, CuPy, torch, or anything that speaks DLPack. Zero-copy, checked, never converted."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ class View:
         strides: in elements.
         dtype: ``"bfloat16"``, ``"float16"``, ``"float32"``, ``"float64"``, ``"int32"``, ...
         read_only: whether writing into it is refused by its owner.
+        device: ``"cpu"``, ``"cuda:N"`` or another library's name for where it is.
         owner: what keeps the memory alive.
     """
 
@@ -57,6 +58,7 @@ class View:
     strides: tuple[int, ...]
     dtype: str
     read_only: bool
+    device: str
     owner: object
 
     def numpy(self) -> np.ndarray[Any, Any]:
@@ -83,54 +85,80 @@ def _numpy_view(array: np.ndarray[Any, Any], name: str) -> View:
         raise SpecError(f"{name} is not valid: its strides {array.strides} are not multiples of its {size}-byte elements.")
     strides = tuple(stride // size for stride in array.strides)
     read_only = not array.flags.writeable
-    return View(array.ctypes.data, array.shape, strides, array.dtype.name, read_only, array)
+    return View(array.ctypes.data, array.shape, strides, array.dtype.name, read_only, "cpu", array)
 
 
-def _dlpack_view(array: Any, name: str) -> View:
+def _torch_view(tensor: Any, name: str) -> View:
+    if tensor.requires_grad:
+        raise UnsupportedError(f"{name} requires gradients; flashmoe_gen runs inference alone. Pass {name}.detach().")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return View(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype, False, str(tensor.device), tensor)
+
+
+def _cupy_view(array: Any, name: str) -> View:
+    size = array.dtype.itemsize
+    strides = tuple(stride // size for stride in array.strides)
+    return View(int(array.data.ptr), array.shape, strides, array.dtype.name, False, f"cuda:{array.device.id}", array)
+
+
+def _require_device(name: str, found: str, device: str | None) -> None:
+    if device is not None and found != device:
+        raise SpecError(f"{name} is on {found!r}, but this layer runs on {device!r}.")
+
+
+def _dlpack_view(array: Any, name: str, device: str | None) -> View:
+    if getattr(array, "requires_grad", False):
+        raise UnsupportedError(f"{name} requires gradients; flashmoe_gen runs inference alone. Pass {name}.detach().")
     try:
-        device, _ = array.__dlpack_device__()
-        if device not in _CPU_DEVICES:
-            kind = _DL_DEVICES.get(int(device), f"DLPack device type {int(device)}")
-            raise SpecError(f"{name} is on {kind!r}, but this layer runs on the host. Move it to the CPU or use target='cuda'.")
-        capsule = array.__dlpack__()
-        tensor = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
-    except (SpecError, UnsupportedError):
+        kind, index = map(int, array.__dlpack_device__())
+        found = "cpu" if kind in _CPU_DEVICES else f"{_DL_DEVICES.get(kind, f'DLPack device type {kind}')}:{index}"
+        _require_device(name, found, device)
+        # The caller orders streams, as everywhere in this package: no synchronisation through DLPack.
+        capsule = array.__dlpack__() if kind in _CPU_DEVICES else array.__dlpack__(stream=-1)
+    except SpecError:
         raise
     except Exception as error:
         raise SpecError(f"{name} cannot be read through DLPack: {error}") from error
+    tensor = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
     strides = tuple(tensor.strides[i] for i in range(tensor.ndim)) if tensor.strides else _packed_strides(shape)
     dtype = f"{_DL_CODES.get(tensor.code, 'type' + str(tensor.code))}{tensor.bits}"
     # The capsule is never renamed, so its own deleter frees the exporter's reference when the view goes.
-    return View((tensor.data or 0) + tensor.byte_offset, shape, strides, dtype, False, (array, capsule))
+    return View((tensor.data or 0) + tensor.byte_offset, shape, strides, dtype, False, found, (array, capsule))
 
 
-def view(array: Any, name: str) -> View:
+_VIEWS = {"torch": _torch_view, "cupy": _cupy_view}
+
+
+def view(array: Any, name: str, device: str | None = None) -> View:
     """Look at an array without copying it.
 
     Raises:
-        SpecError: not an array, or not in CPU memory.
+        SpecError: not an array, or not on ``device``.
         UnsupportedError: a torch tensor that requires gradients.
     """
-    if getattr(array, "requires_grad", False):
-        raise UnsupportedError(f"{name} requires gradients; flashmoe_gen runs inference alone. Pass {name}.detach().")
     if isinstance(array, np.ndarray):
         return _numpy_view(array, name)
+    if known := _VIEWS.get(_library(array)):
+        return known(array, name)
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
-        return _dlpack_view(array, name)
-    raise SpecError(f"{name} is a {type(array).__name__}. Must be a NumPy array or an object with __dlpack__ (torch, JAX).")
+        return _dlpack_view(array, name, device)
+    raise SpecError(f"{name} is a {type(array).__name__}. Must be a NumPy, CuPy or torch array, or an object with __dlpack__.")
 
 
-def checked(array: Any, name: str, shape: Sequence[int | None], dtype: str, *, contiguous: bool = True) -> View:
-    """A view of an array that must have this shape (``None``: any size) and dtype.
+def checked(
+    array: Any, name: str, shape: Sequence[int | None], dtype: str, *, device: str = "cpu", contiguous: bool = True
+) -> View:
+    """A view of an array that must have this shape (``None``: any size) and dtype, and be on this device.
 
     ``contiguous=False`` asks only that the last axis be contiguous.
 
     Raises:
-        SpecError: wrong shape, dtype or strides; names the argument, what it is and what it must be.
+        SpecError: wrong device, shape, dtype or strides; names the argument, what it is and what it must be.
         UnsupportedError: as :func:`view`.
     """
-    found = view(array, name)
+    found = view(array, name, device)
+    _require_device(name, found.device, device)
     if found.dtype != dtype:
         raise SpecError(f"{name} has dtype {found.dtype}. Must be {dtype}.")
     if len(found.shape) != len(shape) or any(want not in (None, have) for have, want in zip(found.shape, shape)):
@@ -150,11 +178,17 @@ def checked(array: Any, name: str, shape: Sequence[int | None], dtype: str, *, c
 
 
 def empty_like(array: Any, shape: Sequence[int], dtype: str) -> Any:
-    """Memory for an output that goes with ``array``: torch for torch, NumPy for all others (see :func:`exported`)."""
-    if _library(array) == "torch":
+    """Memory for an output that goes with ``array``: of its library for torch and CuPy, NumPy for others (see :func:`exported`)."""
+    library = _library(array)
+    if library == "torch":
         torch = sys.modules["torch"]
-        return torch.empty(tuple(shape), dtype=getattr(torch, dtype))
-    return np.empty(shape, np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else dtype)
+        return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=array.device)
+    made = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+    if library == "cupy":
+        return sys.modules["cupy"].empty(shape, made)
+    if library != "numpy" and array.__dlpack_device__()[0] not in _CPU_DEVICES:
+        raise SpecError(f"No output can be made for a {type(array).__module__}.{type(array).__name__} on a GPU. Pass out=.")
+    return np.empty(shape, made)
 
 
 def exported(result: Any, array: Any) -> Any:

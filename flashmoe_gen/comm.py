@@ -12,21 +12,12 @@ import numpy as np
 from . import env
 from .args import ABORT_RECORD, AWAITS, ROLES
 from .errors import CommError, KernelTimeoutError, SpecError, UnsupportedError
+from .launch.target import Memory, Target
 from .layout import HeapLayout, HeapNeeds
 from .spec import MAX_WORLD_SIZE
 
-_ALIGN = 256
-
-
-def aligned_bytes(size: int) -> np.ndarray[Any, Any]:
-    """A zeroed uint8 array of ``size`` bytes at a 256-byte boundary."""
-    raw = np.zeros(size + _ALIGN, np.uint8)
-    start = -raw.ctypes.data % _ALIGN
-    return raw[start : start + size]
-
-
 class _Group:
-    """What the in-process ranks of one communicator share."""
+    """What the in-process ranks of one communicator share. The first layer binds it to a target and makes the heaps."""
 
     def __init__(self, world_size: int, heap_bytes: int | None) -> None:
         self.world_size = world_size
@@ -35,35 +26,40 @@ class _Group:
         self.gate = threading.Barrier(world_size)
         self.running = 0  # launches in flight
         self.generation = 0  # counts resets and re-layouts of the heaps
-        self.failure: str | None = None
         self.closed = False
+        self.target: Target | None = None
         self.records = [ABORT_RECORD.zeros() for _ in range(world_size)]
         self.needs = HeapNeeds()
         self.layout = HeapLayout.of(self.needs, world_size)
-        self.heaps: list[np.ndarray[Any, Any]] = []
+        self.heaps: list[Memory] = []
         self.exchange: dict[int, Any] = {}
-        self.carve(self.needs)
 
-    def carve(self, needs: HeapNeeds) -> None:
+    def bind(self, target: Target) -> None:
+        if self.target is None:
+            self.target = target
+            self.records = [target.record(record) for record in self.records]
+        elif (self.target.name, self.target.device) != (target.name, target.device):
+            raise CommError(f"The communicator's layers run on {self.target.device}; this one would run on {target.device}.")
+
+    def carve(self, target: Target, needs: HeapNeeds) -> None:
         layout = HeapLayout.of(needs, self.world_size)
         if self.heap_bytes is not None and layout.bytes > self.heap_bytes:
             raise CommError(
                 f"heap_bytes={self.heap_bytes} is too small: the layers of this communicator need {layout.bytes} bytes per rank."
             )
-        try:
-            heaps = [aligned_bytes(layout.bytes) for _ in range(self.world_size)]
-        except MemoryError:
-            raise CommError(f"No memory for {self.world_size} symmetric heaps of {layout.bytes} bytes.") from None
-        self.heaps, self.layout, self.needs = heaps, layout, needs
+        target.synchronize()
+        self.heaps, self.layout, self.needs = [target.allocate(layout.bytes) for _ in range(self.world_size)], layout, needs
         self.generation += 1
 
     def clear(self) -> None:
-        for heap, record in zip(self.heaps, self.records):
+        if self.target is not None:
+            self.target.synchronize()
+        for heap in self.heaps:
             for region in self.layout.regions.values():
                 if region.persistent:
-                    heap[region.offset : region.offset + region.bytes] = 0
+                    heap.fill(region.offset, region.bytes, 0)
+        for record in self.records:
             record[:] = 0
-        self.failure = None
         self.generation += 1
 
     def wait(self, what: str) -> None:
@@ -84,10 +80,7 @@ class Communicator:
         rank: this rank, 0 to ``world_size - 1``.
         world_size: number of ranks.
         local_rank: this rank among those of its machine.
-        target: ``"host"``: the ranks are threads of one process.
     """
-
-    target = "host"
 
     def __init__(self, group: _Group, rank: int) -> None:
         self._group = group
@@ -96,7 +89,7 @@ class Communicator:
         self.local_rank = rank
 
     def __repr__(self) -> str:
-        return f"Communicator(rank={self.rank}, world_size={self.world_size}, target={self.target!r})"
+        return f"Communicator(rank={self.rank}, world_size={self.world_size})"
 
     def __enter__(self) -> Communicator:
         return self
@@ -152,8 +145,9 @@ class Communicator:
                 expected=int(record["expected"]),
                 seen=int(record["seen"]),
             )
-        if self._group.failure is not None:
-            raise CommError(f"The communicator has failed: {self._group.failure} Call reset() on every rank.")
+        for rank, other in enumerate(self._group.records):
+            if other[0]["filled"]:
+                raise CommError(f"The communicator has failed: a wait of rank {rank} passed its deadline. Call reset() on every rank.")
 
     def reset(self) -> None:
         """Collective: forget a failure and start afresh; every rank calls it, no call may be in flight.
@@ -169,7 +163,7 @@ class Communicator:
                 if group.running == 0:
                     group.clear()
         group.wait("reset()")
-        if group.failure is not None or group.running:
+        if group.running or any(record[0]["filled"] for record in group.records):
             raise CommError("reset() while a call is in flight on some rank.")
 
     def close(self, *, abort: bool = False) -> None:
@@ -189,37 +183,43 @@ class Communicator:
         """Layout of the symmetric heap."""
         return self._group.layout
 
-    def heap_array(self, rank: int) -> np.ndarray[Any, Any]:
-        """The bytes of one rank's heap."""
+    @property
+    def target(self) -> str | None:
+        """Where its layers run, ``"host"`` or ``"cuda"``; ``None`` before the first one."""
+        return self._group.target.name if self._group.target is not None else None
+
+    def heap_memory(self, rank: int) -> Memory:
+        """The heap of one rank."""
         return self._group.heaps[rank]
 
     def heap_pointers(self) -> list[int]:
         """Where each rank's heap starts, in this process."""
-        return [heap.ctypes.data for heap in self._group.heaps]
+        return [heap.pointer for heap in self._group.heaps]
 
     @property
     def record(self) -> np.ndarray[Any, Any]:
         """The abort record kernels of this rank fill."""
         return self._group.records[self.rank]
 
-    def reserve(self, needs: HeapNeeds) -> None:
+    def reserve(self, target: Target, needs: HeapNeeds) -> None:
         """Make the heap large enough for one more layer.
 
         Raises:
-            CommError: closed, over ``heap_bytes``, or a call is in flight while the heap has to grow.
+            CommError: closed, over ``heap_bytes``, bound to another target, or a call is in flight while the heap has to grow.
         """
         self._require_open()
         group = self._group
         with group.lock:
+            group.bind(target)
             union = group.needs.union(needs)
             if union == group.needs:
                 return
             if group.running:
                 raise CommError("The heap cannot grow while a call is in flight. Make all layers before the first call.")
-            group.carve(union)
+            group.carve(target, union)
 
     def run(self, launch: Callable[[], None]) -> None:
-        """Run one launch of this rank; afterwards a failure of it is known to the other ranks."""
+        """Run one launch of this rank, unless an earlier call has failed."""
         self.check()
         group = self._group
         with group.lock:
@@ -229,9 +229,6 @@ class Communicator:
         finally:
             with group.lock:
                 group.running -= 1
-                record = group.records[self.rank][0]
-                if record["filled"] and group.failure is None:
-                    group.failure = f"a wait of rank {self.rank} passed its deadline."
 
     def _require_open(self) -> None:
         if self._group.closed:
@@ -272,7 +269,7 @@ def init(
 
 
 def local_group(world_size: int, *, heap_bytes: int | None = None) -> list[Communicator]:
-    """In-process ranks for the host target, one communicator per rank; use each from a thread of its own.
+    """In-process ranks, one communicator per rank; on the host target use each from a thread of its own.
 
     Args:
         world_size: 1 to 8.

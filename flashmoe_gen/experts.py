@@ -52,16 +52,18 @@ class Experts:
             "gate_bias": gate_bias, "up_bias": up_bias, "gate_up_bias": gate_up_bias, "down_bias": down_bias,
         }  # fmt: skip
         self._interleaved = gate_up_layout == "interleaved"
+        self._device = "cpu"
         self._checked: dict[tuple[Any, ...], dict[str, int]] = {}
 
-    def arguments(self, spec: MoESpec, local_experts: int) -> dict[str, int]:
-        """The weight fields of ``MoEArgs`` for a rank that holds ``local_experts`` experts; checked once per spec.
+    def arguments(self, spec: MoESpec, local_experts: int, device: str) -> dict[str, int]:
+        """The weight fields of ``MoEArgs`` for a rank that holds ``local_experts`` experts on ``device``; checked once per spec.
 
         Raises:
-            SpecError: an array is missing, not wanted, or of the wrong shape, dtype or strides; names it.
+            SpecError: an array is missing, not wanted, or of the wrong device, shape, dtype or strides; names it.
         """
-        key = (spec.hidden_size, spec.intermediate_size, spec.dtype, spec.mlp, spec.bias, local_experts)
+        key = (spec.hidden_size, spec.intermediate_size, spec.dtype, spec.mlp, spec.bias, local_experts, device)
         if key not in self._checked:
+            self._device = device
             self._checked[key] = self._check(spec, local_experts)
         return self._checked[key]
 
@@ -96,7 +98,7 @@ class Experts:
     def _view(self, spec: MoESpec, name: str, shape: tuple[int, ...]) -> arrays.View:
         if self._arrays[name] is None:
             raise SpecError(f"{name}= is missing. Must be {shape} of {spec.dtype}.")
-        return arrays.checked(self._arrays[name], name, shape, spec.dtype, contiguous=False)
+        return arrays.checked(self._arrays[name], name, shape, spec.dtype, device=self._device, contiguous=False)
 
     def _matrix(self, spec: MoESpec, name: str, shape: tuple[int, ...]) -> dict[str, int]:
         found = self._view(spec, name, shape)

@@ -9,11 +9,13 @@ from typing import Any, Literal
 import numpy as np
 
 from . import arrays, comm, env
-from .args import MOE_ARGS, STATE
 from .arch import get_arch
+from .args import MOE_ARGS, STATE
 from .errors import CommError, SpecError, UnsupportedError
 from .experts import Experts
-from .launch.host import SCHEDULER_THREADS, HostKernel, default_processors
+from .launch.cuda import CudaTarget, device_count
+from .launch.host import HostTarget
+from .launch.target import Target
 from .layout import HeapNeeds, WorkspaceLayout, return_slots
 from .plan import TileConfig, default_tile, plan_kernel, resolve_combine
 from .render import generate
@@ -67,7 +69,9 @@ class MoELayer:
         tile: tile configuration; default :func:`flashmoe_gen.default_tile`.
         comm: this rank's communicator; not needed for ``world_size=1``.
         placement: which rank holds which expert; default :meth:`Placement.default`.
-        stream: CUDA stream of the calls (``target="cuda"``).
+        stream: CUDA stream of the calls (``target="cuda"``); default: the current one of the array library at each call.
+        max_blocks: the most blocks of a launch (``target="cuda"``); default: all that are resident at the same time, shared
+            evenly by the ranks of this process.
 
     Making a layer is collective: every rank makes the same layers in the same order, before the first call.
 
@@ -86,20 +90,22 @@ class MoELayer:
         comm: comm.Communicator | None = None,
         placement: Placement | None = None,
         stream: Any = None,
+        max_blocks: int | None = None,
     ) -> None:
         self.spec = spec
-        self.target = _resolve_target(target, comm)
-        if stream is not None:
-            raise SpecError("stream= is not valid for target='host'.")
+        self._target = _resolve_target(target, comm, max_blocks)
+        self._stream = self._target.stream(stream, None) if stream is not None else None
         self.comm = _resolve_comm(spec, comm)
-        self.tile = tile or default_tile(spec, "host")
-        self._combine = resolve_combine(spec, self.tile, get_arch("host"))
-        self._plan = plan_kernel(spec, self.tile, "host")
-        self._kernel = HostKernel.load(generate(spec, arch="host", tile=self.tile).compile())
+        arch = self._target.arch
+        self.tile = tile or default_tile(spec, arch)
+        self._combine = resolve_combine(spec, self.tile, get_arch(arch))
+        self._plan = plan_kernel(spec, self.tile, arch)
+        compiled = generate(spec, arch=arch, tile=self.tile).compile()
+        self._kernel = self._target.load(compiled, threads=self._plan.threads, shared_bytes=self._plan.shared_bytes)
         self._router: Router | None = None
-        self._processors = default_processors(spec.world_size)
+        self._processors = self._target.processors(self._kernel, spec.world_size)
         self._closed = False
-        self.comm.reserve(HeapNeeds.of(spec, self._combine))
+        self.comm.reserve(self._target, HeapNeeds.of(spec, self._combine))
         self.set_placement(placement or Placement.default(spec.num_experts, spec.world_size))
 
     def __enter__(self) -> MoELayer:
@@ -110,8 +116,10 @@ class MoELayer:
 
     def close(self) -> None:
         """Give the workspace back; later calls raise :class:`CommError`. The communicator stays open."""
+        if not self._closed:
+            self._target.synchronize()
+            self._workspace = self._target.allocate(0)
         self._closed = True
-        self._workspace = np.empty(0, np.uint8)
 
     def set_placement(self, placement: Placement) -> None:
         """Collective: use another placement from the next call on (which then takes experts in its slot order).
@@ -127,9 +135,11 @@ class MoELayer:
             )
         self.placement = placement
         order = [expert for rank in placement.slots_per_rank for expert in rank]
-        self._expert_position = np.empty(spec.num_experts, np.int32)
-        self._expert_position[order] = np.arange(spec.num_experts, dtype=np.int32)
-        self._owner_first = np.cumsum([0, *map(len, placement.slots_per_rank)], dtype=np.int32)
+        position = np.empty(spec.num_experts, np.int32)
+        position[order] = np.arange(spec.num_experts, dtype=np.int32)
+        self._target.synchronize()  # a call in flight still uses the old tables
+        self._expert_position = self._target.upload(position)
+        self._owner_first = self._target.upload(np.cumsum([0, *map(len, placement.slots_per_rank)], dtype=np.int32))
         self._layout = WorkspaceLayout.of(
             spec,
             self.tile,
@@ -138,8 +148,9 @@ class MoELayer:
             local_experts=self.local_experts,
             processors=self._processors,
         )
-        self._workspace = comm.aligned_bytes(self._layout.bytes)
+        self._workspace = self._target.allocate(self._layout.bytes)
         self._generation = self.comm.generation
+        self._reported = 0  # invalid ids
         self._args = self._constant_args()
 
     @property
@@ -148,8 +159,13 @@ class MoELayer:
         return len(self.placement.local_experts(self.comm.rank))
 
     @property
-    def _threads(self) -> int:
-        return self._processors + SCHEDULER_THREADS
+    def target(self) -> str:
+        """``"host"`` or ``"cuda"``."""
+        return self._target.name
+
+    @property
+    def _workers(self) -> int:
+        return self._processors + self._target.system_workers
 
     @property
     def workspace_bytes(self) -> int:
@@ -175,8 +191,8 @@ class MoELayer:
         """
         self._require_open()
         if self._router is None:
-            self._router = Router(self.spec, processors=self._processors)
-        return self._router(x, router_weight, logit_bias=logit_bias, selection_bias=selection_bias)
+            self._router = Router(self.spec, self._target)
+        return self._router(x, router_weight, logit_bias=logit_bias, selection_bias=selection_bias, stream=self._stream)
 
     def __call__(
         self,
@@ -209,43 +225,44 @@ class MoELayer:
             KernelTimeoutError, CommError: an earlier call failed, or the communicator is closed.
         """
         self._require_open()
-        if stream is not None:
-            raise SpecError("stream= is not valid for target='host'.")
         packed = self._pack(x, topk_ids, topk_weights, experts, out, num_tokens)
-        self.comm.run(lambda: self._kernel.launch(self._bind(packed), self._threads))
+        chosen = self._stream if stream is None and self._stream is not None else self._target.stream(stream, x)
+        self.comm.run(lambda: self._target.launch(self._kernel, self._bind(packed), self._workers, chosen))
         return arrays.exported(packed.result, x) if out is None else out
 
     def _pack(
         self, x: Any, topk_ids: Any, topk_weights: Any, experts: Experts, out: Any, num_tokens: Any
     ) -> PackedCall:
         """Check the arguments of a call and pack them."""
-        spec = self.spec
-        tokens = arrays.checked(x, "x", (None, spec.hidden_size), spec.dtype)
+        spec, device = self.spec, self._target.device
+        tokens = arrays.checked(x, "x", (None, spec.hidden_size), spec.dtype, device=device)
         count = tokens.shape[0]
         if count > spec.max_tokens:
             raise SpecError(f"x has {count} tokens. Must be at most max_tokens={spec.max_tokens}.")
-        ids = arrays.checked(topk_ids, "topk_ids", (count, spec.top_k), "int32")
-        weights = arrays.checked(topk_weights, "topk_weights", (count, spec.top_k), "float32")
-        limit = _token_limit(num_tokens, count)
-        self._check_ids(ids.numpy()[:limit])
+        ids = arrays.checked(topk_ids, "topk_ids", (count, spec.top_k), "int32", device=device)
+        weights = arrays.checked(topk_weights, "topk_weights", (count, spec.top_k), "float32", device=device)
         if not isinstance(experts, Experts):
             raise SpecError(f"experts is a {type(experts).__name__}. Must be a flashmoe_gen.Experts.")
+        limit, counter = _token_limit(num_tokens, count, device)
+        if device == "cpu":
+            self._check_ids(ids.numpy()[:limit])
         result = arrays.empty_like(x, tokens.shape, spec.dtype) if out is None else out
-        y = arrays.checked(result, "out", tokens.shape, spec.dtype)
+        y = arrays.checked(result, "out", tokens.shape, spec.dtype, device=device)
         if y.read_only:
             raise SpecError("out is read-only.")
         args = self._args.copy()
-        for name, value in experts.arguments(spec, self.local_experts).items():
+        for name, value in experts.arguments(spec, self.local_experts, device).items():
             args[name] = value
         for name, view in (("x", tokens), ("topk_ids", ids), ("topk_weights", weights), ("y", y)):
             args[name] = view.pointer
         args["tokens"] = limit
+        args["num_tokens"] = counter
         return PackedCall(args, result, (tokens, ids, weights, y, experts))
 
     def stats(self) -> LayerStats:
         """Counts since the layer was made."""
         self._require_open()
-        state = self._region("state").view(STATE.dtype)[0]
+        state = self._state()
         rows, blocks = int(state["rows"]), int(state["blocks"])
         return LayerStats(
             calls=int(state["calls"]),
@@ -258,17 +275,27 @@ class MoELayer:
         )
 
     def check(self) -> None:
-        """Raise what an earlier call left behind; see :meth:`flashmoe_gen.comm.Communicator.check`."""
+        """Wait for the calls in flight and raise what any of them left behind.
+
+        Raises:
+            KernelTimeoutError, CommError: as :meth:`flashmoe_gen.comm.Communicator.check`.
+            SpecError: ids at or over ``num_experts`` in a call on a GPU, where they are not checked in advance; such routes
+                were left out.
+        """
         self._require_open()
+        state = self._state()
         self.comm.check()
+        if invalid := int(state["invalid"]) - self._reported:
+            self._reported += invalid
+            raise SpecError(f"topk_ids held {invalid} ids that are not below num_experts={self.spec.num_experts}.")
 
     def _require_open(self) -> None:
         if self._closed:
             raise CommError("The layer is closed.")
 
-    def _region(self, name: str) -> np.ndarray[Any, Any]:
-        region = self._layout.regions[name]
-        return self._workspace[region.offset : region.offset + region.bytes]
+    def _state(self) -> Any:
+        region = self._layout.regions["state"]
+        return self._workspace.read(region.offset, region.bytes).view(STATE.dtype)[0]
 
     def _check_ids(self, ids: np.ndarray[Any, Any]) -> None:
         experts = self.spec.num_experts
@@ -281,14 +308,14 @@ class MoELayer:
 
     def _constant_args(self) -> np.ndarray[Any, Any]:
         """The fields that do not change from call to call."""
-        spec, base = self.spec, self._workspace.ctypes.data
+        spec, base = self.spec, self._workspace.pointer
         args = MOE_ARGS.zeros()
         for name in self._layout.regions:
             args[name] = base + self._layout.regions[name].offset
         for name, value in self._layout.sizes.items():
             args[name] = value
-        args["expert_position"] = self._expert_position.ctypes.data
-        args["owner_first"] = self._owner_first.ctypes.data
+        args["expert_position"] = self._expert_position.pointer
+        args["owner_first"] = self._owner_first.pointer
         args["record"] = self.comm.record.ctypes.data
         args["max_tokens"] = spec.max_tokens
         args["num_experts"] = spec.num_experts
@@ -305,9 +332,10 @@ class MoELayer:
         args = packed.args
         if self._generation != self.comm.generation:
             self._generation = self.comm.generation
-            for name in ("counter_sets", "appended"):
-                self._region(name)[:] = 0
-            self._region("state").view(STATE.dtype)["calls"] = 0
+            for region in self._layout.regions.values():
+                if region.persistent:
+                    self._workspace.fill(region.offset, region.bytes, 0)
+            self._reported = 0
         for name, value in self.comm.heap.arguments().items():
             args[name] = value
         args["peers"][0, : self.spec.world_size] = self.comm.heap_pointers()
@@ -315,23 +343,17 @@ class MoELayer:
         return args
 
 
-def _resolve_target(target: str | None, communicator: comm.Communicator | None) -> str:
+def _resolve_target(target: str | None, communicator: comm.Communicator | None, max_blocks: int | None) -> Target:
     chosen = target or env.target() or (communicator.target if communicator is not None else None)
     if chosen is None:
-        from .launch.cuda import device_count
-
         chosen = "cuda" if device_count() > 0 else "host"
-    if chosen not in ("host", "cuda"):
-        raise SpecError(f"target={target!r} is not valid. Must be 'host' or 'cuda'.")
     if chosen == "cuda":
-        from .launch.cuda import require_device
-
-        require_device()
-        raise UnsupportedError(
-            "target='cuda' is not supported by this version: it generates and compiles GPU kernels, "
-            "but launches the host target alone. Pass target='host'."
-        )
-    return chosen
+        return CudaTarget(max_blocks)
+    if chosen != "host":
+        raise SpecError(f"target={target!r} is not valid. Must be 'host' or 'cuda'.")
+    if max_blocks is not None:
+        raise SpecError("max_blocks= is not valid for target='host'.")
+    return HostTarget()
 
 
 def _resolve_comm(spec: MoESpec, communicator: comm.Communicator | None) -> comm.Communicator:
@@ -344,13 +366,17 @@ def _resolve_comm(spec: MoESpec, communicator: comm.Communicator | None) -> comm
     return communicator
 
 
-def _token_limit(num_tokens: Any, count: int) -> int:
+def _token_limit(num_tokens: Any, count: int, device: str) -> tuple[int, int]:
+    """Tokens of the call, and the address of their number when only the GPU knows it (0: it does not)."""
     if num_tokens is None:
-        return count
+        return count, 0
     if isinstance(num_tokens, int):
         limit = num_tokens
     else:
-        limit = int(arrays.checked(num_tokens, "num_tokens", (1,), "int32").numpy()[0])
+        found = arrays.checked(num_tokens, "num_tokens", (1,), "int32", device=device)
+        if device != "cpu":
+            return count, found.pointer
+        limit = int(found.numpy()[0])
     if not 0 <= limit <= count:
         raise SpecError(f"num_tokens={limit} is not valid. Must be between 0 and the {count} tokens of x.")
-    return limit
+    return limit, 0

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+from threadpoolctl import threadpool_limits
 
 from ..arch import ARCHS
 from ..cache import CompiledKernel
 from ..errors import UnsupportedError
-from ..launch.host import build_program, default_processors
+from ..launch.host import HostTarget, build_program
 from ..plan import TileConfig, plan_kernel
 from ..render import KernelSource, generate
 from ..spec import MoESpec
@@ -98,10 +100,10 @@ class _Demo:
 
     def _plan(self) -> dict[str, Any]:
         spec, numbers = self.spec, plan_kernel(self.spec, self.tile, "host")
-        heap, workspace = runtime_bytes(spec, self.tile, default_processors(spec.world_size))
+        heap, workspace = runtime_bytes(spec, self.tile, HostTarget().processors(None, spec.world_size))
         alone = self._alone()
         needed = weight_bytes(spec) + spec.world_size * (heap + workspace)
-        needed += sum(runtime_bytes(alone, self.tile, default_processors(1)))
+        needed += sum(runtime_bytes(alone, self.tile, HostTarget().processors(None, 1)))
         require_memory(spec, needed)
         tasks = numbers.gemm1_tiles + numbers.gemm2_tiles
         plan = {
@@ -139,8 +141,10 @@ class _Demo:
     def _kernels(self) -> list[dict[str, Any]]:
         with self._timed("compile", "generating and compiling the kernels for the host"):
             sources = [generate(self.spec, arch="host", kernel=kernel, tile=self.tile) for kernel in ("router", "moe")]
-            compiled = [source.compile() for source in sources]
-            build_program("launcher")
+            with ThreadPoolExecutor(2) as pool:
+                launcher = pool.submit(build_program, "launcher")
+                compiled = list(pool.map(KernelSource.compile, sources))
+                launcher.result()
         if not self.quiet:
             rows = [
                 (source.name, source.digest[:12], len(source.text.splitlines()), _build_time(kernel))
@@ -161,7 +165,8 @@ class _Demo:
                 second = world.run(problem.tokens)
             with self._timed("run", "running with uneven tokens"):
                 fewer = world.run(uneven(problem.tokens))
-        with self._timed("reference", "computing the float64 reference"):
+        # One BLAS thread: more of them gain nothing on a few rows, and wait for each other when cores are busy.
+        with self._timed("reference", "computing the float64 reference"), threadpool_limits(1, "blas"):
             routes, router_errors = check_routes(problem, first)
             outputs, errors = check_outputs(problem, first)
         counts = ", ".join(str(len(call.x)) for call in fewer)

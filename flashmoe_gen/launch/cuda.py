@@ -1,11 +1,18 @@
-"""What of CUDA is usable on this machine. Imports CuPy only when asked."""
+"""Launching GPU kernels through CuPy, which is imported only when a GPU is asked for."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
+from dataclasses import dataclass
+from typing import Any
 
-from ..errors import FlashMoEError, UnsupportedError
+import numpy as np
+
+from ..arch import ARCHS
+from ..cache import CompiledKernel
+from ..errors import CommError, FlashMoEError, SpecError, UnsupportedError
 
 logger = logging.getLogger("flashmoe_gen")
 
@@ -50,3 +57,164 @@ def require_device() -> None:
         raise FlashMoEError(f"target='cuda': CUDA cannot be used here ({text}).") from error
     if count == 0:
         raise FlashMoEError("target='cuda': the NVIDIA driver finds no GPU.")
+
+
+class CudaMemory:
+    """Zeroed memory of the current GPU; CuPy's pool aligns to 512 bytes."""
+
+    def __init__(self, nbytes: int) -> None:
+        import cupy
+
+        try:
+            self._array = cupy.zeros(max(nbytes, 1), cupy.uint8)
+        except cupy.cuda.memory.OutOfMemoryError as error:
+            raise CommError(f"The GPU has no {nbytes} bytes of memory left: {error}") from None
+        cupy.cuda.get_current_stream().synchronize()  # zero before a launch on any other stream
+        self.pointer = int(self._array.data.ptr)
+        self.nbytes = nbytes
+
+    def fill(self, offset: int, nbytes: int, value: int) -> None:
+        import cupy
+
+        cupy.cuda.runtime.deviceSynchronize()
+        cupy.cuda.runtime.memset(self.pointer + offset, value, nbytes)
+        cupy.cuda.runtime.deviceSynchronize()
+
+    def read(self, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
+        import cupy
+
+        cupy.cuda.runtime.deviceSynchronize()
+        return np.asarray(cupy.asnumpy(self._array[offset : offset + nbytes]))
+
+
+@dataclass(frozen=True)
+class CudaKernel:
+    """A loaded GPU kernel.
+
+    Attributes:
+        compiled: what the cache says of it.
+        function: CuPy's function.
+        threads: threads of a block.
+        shared_bytes: dynamic shared memory of a block.
+        max_workers: blocks that are resident at the same time on the whole GPU.
+    """
+
+    compiled: CompiledKernel
+    function: Any
+    threads: int
+    shared_bytes: int
+    max_workers: int
+
+
+class CudaTarget:
+    """The current GPU. Calls are asynchronous on the caller's stream.
+
+    Args:
+        max_blocks: the most blocks of one launch; default: as many as are resident at the same time.
+
+    Raises:
+        UnsupportedError: CuPy is missing, or no kernels exist for this GPU.
+        FlashMoEError: no driver, or no GPU.
+    """
+
+    name = "cuda"
+    system_workers = 1  # the block of scheduler and subscriber
+
+    def __init__(self, max_blocks: int | None = None) -> None:
+        require_device()
+        import cupy
+
+        if max_blocks is not None and max_blocks < 2:
+            raise SpecError(f"max_blocks={max_blocks} is not valid. Must be at least 2: one block is the operating system.")
+        device = cupy.cuda.Device()
+        self.max_blocks = max_blocks
+        self.device = f"cuda:{device.id}"
+        self.multiprocessors = int(device.attributes["MultiProcessorCount"])
+        self.arch = _arch_of(device.compute_capability)
+
+    def load(self, compiled: CompiledKernel, *, threads: int, shared_bytes: int) -> CudaKernel:
+        import cupy
+
+        function = cupy.RawModule(path=str(compiled.path)).get_function(compiled.name)
+        if shared_bytes:
+            function.max_dynamic_shared_size_bytes = shared_bytes
+        resident = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(function.kernel.ptr, threads, shared_bytes)
+        if resident < 1:
+            raise UnsupportedError(
+                f"{compiled.name} does not fit {self.device}: {threads} threads, {compiled.registers} registers, "
+                f"{shared_bytes} bytes of shared memory per block."
+            )
+        return CudaKernel(compiled, function, threads, shared_bytes, resident * self.multiprocessors)
+
+    def processors(self, kernel: Any, world_size: int) -> int:
+        # Every block must be resident: they wait for each other. Ranks of this process share the GPU.
+        blocks = kernel.max_workers // world_size if self.max_blocks is None else self.max_blocks
+        if not 2 <= blocks <= kernel.max_workers // world_size:
+            raise SpecError(
+                f"max_blocks={blocks} is not valid. {world_size} ranks on {self.device} can have at most "
+                f"{kernel.max_workers // world_size} resident blocks each, and need 2."
+            )
+        return blocks - 1
+
+    def router_workers(self, kernel: Any, tokens: int, wanted: int) -> int:
+        return max(1, min(wanted, self.multiprocessors))
+
+    def allocate(self, nbytes: int) -> CudaMemory:
+        return CudaMemory(nbytes)
+
+    def upload(self, array: np.ndarray[Any, Any]) -> CudaMemory:
+        import cupy
+
+        memory = CudaMemory(array.nbytes)
+        host = np.ascontiguousarray(array)
+        cupy.cuda.runtime.memcpy(memory.pointer, host.ctypes.data, host.nbytes, cupy.cuda.runtime.memcpyHostToDevice)
+        return memory
+
+    def record(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        import cupy
+
+        pinned = cupy.cuda.alloc_pinned_memory(array.nbytes)
+        made = np.frombuffer(pinned, array.dtype, array.size)
+        made[:] = 0
+        return made
+
+    def stream(self, given: Any, array: Any) -> Any:
+        import cupy
+
+        if given is not None:
+            return _external_stream(given)
+        if type(array).__module__.partition(".")[0] == "torch":
+            return cupy.cuda.ExternalStream(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
+        return cupy.cuda.get_current_stream()
+
+    def launch(self, kernel: Any, args: np.ndarray[Any, Any], workers: int, stream: Any) -> None:
+        with stream:
+            kernel.function((workers,), (kernel.threads,), (args[0],), shared_mem=kernel.shared_bytes)
+
+    def synchronize(self) -> None:
+        import cupy
+
+        cupy.cuda.runtime.deviceSynchronize()
+
+
+def _arch_of(capability: str) -> str:
+    for suffix in ("", "a"):
+        name = f"sm_{capability}{suffix}"
+        if name in ARCHS:
+            return name
+    raise UnsupportedError(f"No kernels exist for compute capability {capability}. Supported: {', '.join(map(repr, ARCHS))}.")
+
+
+def _external_stream(given: Any) -> Any:
+    """A CuPy stream of anything that is one: ``__cuda_stream__`` (cuda.core), torch, CuPy, or the handle itself."""
+    import cupy
+
+    if isinstance(given, (cupy.cuda.Stream, cupy.cuda.ExternalStream)):
+        return given
+    protocol = getattr(given, "__cuda_stream__", None)
+    if protocol is not None:
+        return cupy.cuda.ExternalStream(int((protocol() if callable(protocol) else protocol)[1]))
+    handle = getattr(given, "cuda_stream", given)
+    if isinstance(handle, bool) or not isinstance(handle, int):
+        raise SpecError(f"stream is a {type(given).__name__}. Must be a CUDA stream: __cuda_stream__, torch, CuPy or a handle.")
+    return cupy.cuda.ExternalStream(handle)

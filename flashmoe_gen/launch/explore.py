@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import SpecError
 from .host import HostKernel, build_program, load_library
+from .target import Memory
 
 
 @functools.lru_cache(maxsize=1)
@@ -29,7 +30,7 @@ def _explorer() -> ctypes.CDLL:
 
 def explore(
     calls: Sequence[Sequence[tuple[HostKernel, np.ndarray[Any, Any]]]],
-    heaps: Sequence[np.ndarray[Any, Any]],
+    heaps: Sequence[Memory],
     *,
     threads: int,
     seed: int,
@@ -53,6 +54,6 @@ def explore(
     if len({len(rank) for rank in calls}) != 1 or threads < 3:
         raise SpecError("explore() needs as many calls on every rank, and at least 3 threads.")
     table = np.array([(kernel.entry, args.ctypes.data) for rank in calls for kernel, args in rank], np.uint64)
-    places = np.array([(heap.ctypes.data, heap.nbytes) for heap in heaps], np.uint64)
+    places = np.array([(heap.pointer, heap.nbytes) for heap in heaps], np.uint64)
     run = _explorer().flashmoe_explore
     return int(run(table.ctypes.data, places.ctypes.data, len(calls), len(calls[0]), threads, seed, lost_word))

@@ -12,16 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..cache import Cache, CompiledKernel
-from ..errors import CompileError, FlashMoEError
+from ..errors import CommError, CompileError, FlashMoEError, SpecError
 from ..render import render_parts
 
-SCHEDULER_THREADS = 2  # the scheduler and the subscriber of a rank
-
-
-def default_processors(world_size: int) -> int:
-    """Processor threads per rank that share this machine's cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(64, cores // world_size))
+_ALIGN = 256
 
 
 def build_program(name: str) -> CompiledKernel:
@@ -54,6 +48,26 @@ def _launcher() -> ctypes.CDLL:
     return library
 
 
+class HostMemory:
+    """Zeroed memory of this process; ``array`` is the same memory as uint8."""
+
+    def __init__(self, nbytes: int) -> None:
+        try:
+            raw = np.zeros(nbytes + _ALIGN, np.uint8)
+        except MemoryError:
+            raise CommError(f"This machine has no {nbytes} bytes of memory left.") from None
+        start = -raw.ctypes.data % _ALIGN
+        self.array = raw[start : start + nbytes]
+        self.pointer = self.array.ctypes.data
+        self.nbytes = nbytes
+
+    def fill(self, offset: int, nbytes: int, value: int) -> None:
+        self.array[offset : offset + nbytes] = value
+
+    def read(self, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
+        return self.array[offset : offset + nbytes].copy()
+
+
 @dataclass(frozen=True)
 class HostKernel:
     """A loaded host kernel.
@@ -62,27 +76,68 @@ class HostKernel:
         compiled: what the cache says of it.
         entry: address of its C symbol.
         library: keeps the code mapped.
+        max_workers: 0: any number of threads can run.
     """
 
     compiled: CompiledKernel
     entry: int
     library: ctypes.CDLL
+    max_workers: int = 0
 
     @classmethod
     def load(cls, compiled: CompiledKernel) -> HostKernel:
+        """Load the shared library of a compiled kernel; raises :class:`CompileError` when it cannot be loaded."""
         library = load_library(compiled.path)
         entry = ctypes.cast(getattr(library, compiled.name), ctypes.c_void_p).value
         assert entry is not None
         return cls(compiled, entry, library)
 
-    def launch(self, args: np.ndarray[Any, Any], threads: int) -> None:
-        """Run the kernel to its end with ``threads`` threads; ``args`` is one packed argument struct.
+
+class HostTarget:
+    """The CPU: kernels are shared libraries, a rank is a set of threads, launches return when the kernel has ended."""
+
+    name = "host"
+    arch = "host"
+    device = "cpu"
+    system_workers = 2  # the scheduler and the subscriber
+
+    def load(self, compiled: CompiledKernel, *, threads: int, shared_bytes: int) -> HostKernel:
+        return HostKernel.load(compiled)
+
+    def processors(self, kernel: Any, world_size: int) -> int:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(64, cores // world_size))
+
+    def router_workers(self, kernel: Any, tokens: int, wanted: int) -> int:
+        return max(1, min(self.processors(kernel, 1), tokens))
+
+    def allocate(self, nbytes: int) -> HostMemory:
+        return HostMemory(nbytes)
+
+    def upload(self, array: np.ndarray[Any, Any]) -> HostMemory:
+        memory = HostMemory(array.nbytes)
+        memory.array[:] = np.ascontiguousarray(array).view(np.uint8)
+        return memory
+
+    def record(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.zeros_like(array)
+
+    def stream(self, given: Any, array: Any) -> Any:
+        if given is not None:
+            raise SpecError("stream= is not valid for target='host'.")
+        return None
+
+    def launch(self, kernel: Any, args: np.ndarray[Any, Any], workers: int, stream: Any) -> None:
+        """Run the kernel to its end.
 
         Raises:
             FlashMoEError: the system refused to start that many threads; nothing ran.
         """
-        if _launcher().flashmoe_run(self.entry, args.ctypes.data, threads) != 0:
-            raise FlashMoEError(f"{self.compiled.name} needs {threads} threads; the system refused to start them.")
+        if _launcher().flashmoe_run(kernel.entry, args.ctypes.data, workers) != 0:
+            raise FlashMoEError(f"{kernel.compiled.name} needs {workers} threads; the system refused to start them.")
+
+    def synchronize(self) -> None:
+        pass
 
 
 def lose_word(address: int | None) -> None:

@@ -134,8 +134,9 @@ DEVICE void load_columns(ColumnFragment& b, const Place<kRowBytes>& place, u32 t
   round_operands(b.value[0]);
   round_operands(b.value[1]);
 }
+//% set instruction = {"bfloat16": "mma_m16n8k16_bf16", "float16": "mma_m16n8k16_f16", "float32": "mma_m16n8k8_tf32"}[spec.dtype]
 template <int kAtom>
 DEVICE void multiply(Accumulator& c, const RowFragment& a, const ColumnFragment& b) {
-  ${{"bfloat16": "mma_m16n8k16_bf16", "float16": "mma_m16n8k16_f16", "float32": "mma_m16n8k8_tf32"}[spec.dtype]}(c, a.value, b.value[kAtom][0], b.value[kAtom][1]);
+  ${instruction}(c, a.value, b.value[kAtom][0], b.value[kAtom][1]);
 }
 //% endif

@@ -60,7 +60,8 @@ struct RowLoader {
     for (int pass = 0; pass < kPasses; ++pass) {
       if (!has_row<kBlockM>(pass)) continue;
       const bool wanted = inside && (present >> pass & 1) != 0;
-      cp_async_16(stage + loader_place() + pass * kRowsPerPass * kRowBytes, from[pass] + (wanted ? step * kRowBytes : 0), wanted ? 16 : 0);
+      const char* const source = from[pass] + (wanted ? step * kRowBytes : 0);
+      cp_async_16(stage + loader_place() + pass * kRowsPerPass * kRowBytes, source, wanted ? 16 : 0);
     }
   }
 };
@@ -80,13 +81,14 @@ struct WeightLoader {
   template <int kDepth>
   DEVICE void load(u32 stage, int step) const {
     const bool inside = inside_row<kDepth>(step);
+    const u32 to = stage + kRowStageBytes + loader_place();
     const char* source = from + step * kRowBytes;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       if (!has_row<kBlockN>(pass)) continue;
       const bool wanted = inside && pass < present;
-      cp_async_16(stage + kRowStageBytes + loader_place() + pass * kRowsPerPass * kRowBytes, wanted ? source : from, wanted ? 16 : 0);
-      source += pass_bytes;
+      cp_async_16(to + pass * kRowsPerPass * kRowBytes, wanted ? source : from, wanted ? 16 : 0);
+      source += pass_bytes;  // a running sum: as separate addresses the passes would cost two registers each
     }
   }
 };

@@ -1,11 +1,11 @@
-// ---- PTX: one wrapper per instruction, named after it (sections of the PTX ISA 8.x manual) ----------------------------
+// ---- PTX: one wrapper per instruction, named after it (with the section of the PTX ISA manual) ----------------------------
 using u32 = unsigned int;
 using u64 = unsigned long long;
 static_assert(sizeof(u32) == 4 && sizeof(u64) == 8);
 
 #define DEVICE __device__ __forceinline__
 
-// 9.7.9.8 ld, 9.7.9.11 st: strong accesses. "memory" keeps the compiler from moving other accesses across them.
+// Data Movement and Conversion, ld and st: strong accesses. "memory" keeps the compiler from moving other accesses across them.
 DEVICE u32 ld_acquire_gpu(const u32* p) {
   u32 v;
   asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -43,7 +43,7 @@ DEVICE void st_release_sys(u64* p, u64 v) { asm volatile("st.release.sys.global.
 DEVICE void st_relaxed_sys(u32* p, u32 v) { asm volatile("st.relaxed.sys.global.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
 DEVICE void st_relaxed_sys(u64* p, u64 v) { asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(p), "l"(v) : "memory"); }
 
-// 9.7.13.5 atom, 9.7.13.6 red.
+// Parallel Synchronization and Communication, atom and red.
 DEVICE u32 atom_add_relaxed_gpu(u32* p, u32 v) {
   u32 old;
   asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
@@ -68,7 +68,7 @@ DEVICE void red_or_release_gpu(u32* p, u32 v) {
   asm volatile("red.release.gpu.global.or.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
-// 9.7.9.25.3 cp.async: 16 bytes past L1; bytes from src_bytes (0 or 16) on become zero, and with 0 nothing is read.
+// Data Movement and Conversion, cp.async: 16 bytes past L1; with src_bytes = 0 nothing is read and zeros are written.
 DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 DEVICE void cp_async_16(u32 to, const void* from, u32 src_bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(src_bytes) : "memory");
@@ -77,7 +77,7 @@ DEVICE void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: 
 template <int kPending>
 DEVICE void cp_async_wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
 
-// 9.7.14.5.15 ldmatrix: four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+// Warp-Level Matrix, ldmatrix: four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 DEVICE void ldmatrix_x4(u32& d0, u32& d1, u32& d2, u32& d3, u32 row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d0), "=r"(d1), "=r"(d2), "=r"(d3) : "r"(row) : "memory");
@@ -91,7 +91,7 @@ DEVICE double ld_shared_f64(u32 p) {
   return d;
 }
 
-// 9.7.14.5.14 mma, all row.col; c is also the result.
+// Warp-Level Matrix, mma, all row.col; c is also the result.
 DEVICE void mma_m16n8k16_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -108,7 +108,7 @@ DEVICE void mma_m8n8k4_f64(double& c0, double& c1, double a, double b) {
   asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+d"(c0), "+d"(c1) : "d"(a), "d"(b));
 }
 
-// 9.7.9.21 cvt.
+// Data Movement and Conversion, cvt.
 DEVICE unsigned short cvt_rn_bf16_f32(float v) {
   unsigned short bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(v));
@@ -140,7 +140,7 @@ DEVICE u32 cvt_rna_tf32_f32(u32 bits) {
   return rounded;
 }
 
-// 9.7.13.1 bar: named barriers; count is in threads, a multiple of the warp size. An arrive orders earlier accesses too.
+// Parallel Synchronization and Communication, bar: named barriers; count is in threads. An arrive orders earlier accesses too.
 DEVICE void bar_sync(u32 id, u32 count) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory"); }
 DEVICE void bar_arrive(u32 id, u32 count) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory"); }
 DEVICE bool bar_red_or(u32 id, u32 count, bool predicate) {
@@ -151,7 +151,7 @@ DEVICE bool bar_red_or(u32 id, u32 count, bool predicate) {
   return any != 0;
 }
 
-// 10 special registers, 9.7.19.2 nanosleep.
+// Special Registers, globaltimer; Miscellaneous, nanosleep.
 DEVICE u64 globaltimer() {
   u64 ns;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));

@@ -182,7 +182,7 @@ DEVICE void make_logits(const RouterArgs& args, Parts& parts, int tokens, int fi
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads) ${name}(const __grid_constant__ RouterArgs args) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1) ${name}(const __grid_constant__ RouterArgs args) {
   __shared__ Parts parts;
   __shared__ u64 word;
   BlockGroup block{&word};

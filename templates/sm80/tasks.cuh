@@ -51,7 +51,8 @@ DEVICE WeightLoader gemm1_weights(const MoEArgs& args, u64 expert, int first) {
                       kIntermediate);
 }
 
-DEVICE void gemm1_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums& sums, const Staging<kIntermediateColumns>& staging) {
+DEVICE void gemm1_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums& sums,
+                           const Staging<kIntermediateColumns>& staging) {
   constexpr int kAtoms = kGated ? 2 : 1;  // that make 8 columns of the intermediate
   const u32 expert = slot.task.block.expert_slot;
   const int lane = threadIdx.x % 32;
@@ -62,9 +63,11 @@ DEVICE void gemm1_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums
     Acc gate_bias[2], up_bias[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      gate_bias[i] = kGated ? bias_at(args.gate_bias, args.gate_bias_expert_stride, args.gate_bias_stride, expert,
-                                      first + column + i, kIntermediate) : Acc(0);
-      up_bias[i] = bias_at(args.up_bias, args.up_bias_expert_stride, args.up_bias_stride, expert, first + column + i, kIntermediate);
+      const int c = first + column + i;
+      gate_bias[i] = Acc(0);
+      if constexpr (kGated)
+        gate_bias[i] = bias_at(args.gate_bias, args.gate_bias_expert_stride, args.gate_bias_stride, expert, c, kIntermediate);
+      up_bias[i] = bias_at(args.up_bias, args.up_bias_expert_stride, args.up_bias_stride, expert, c, kIntermediate);
     }
 #pragma unroll
     for (int m = 0; m < kAtomsM; ++m) {

@@ -41,8 +41,10 @@ class Bundle:
         assert not others, "one kernel per executable"
         for layer in world.layers:
             poison(layer)
-            self.buffers += [layer._workspace, layer._expert_position, layer._owner_first, layer.comm.record]
-            self.buffers.append(layer.comm.heap_array(layer.comm.rank))
+            memories = [layer._workspace, layer._expert_position, layer._owner_first]
+            self.buffers += [memory.array for memory in memories]
+            self.buffers.append(layer.comm.record)
+            self.buffers.append(layer.comm.heap_memory(layer.comm.rank).array)
         self.packed = [[self._pack(call) for call in per_rank] for per_rank in scenario.calls]
 
     def _pack(self, call: Any) -> np.ndarray[Any, Any]:

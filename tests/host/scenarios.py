@@ -84,7 +84,7 @@ class Scenario:
                 kernel = (kernels or {}).get(call.layer.spec.hidden_size, call.layer._kernel)
                 launches[-1].append((kernel, call.layer._bind(packed)))
         comm = self.worlds[0][0].comms[0]
-        heaps = [comm.heap_array(rank) for rank in range(self.world_size)]
+        heaps = [comm.heap_memory(rank) for rank in range(self.world_size)]
         return explore(launches, heaps, threads=self.threads, seed=seed, lost_word=lost_word)
 
     def wrong(self) -> str | None:

@@ -67,8 +67,8 @@ BAD = {
     "rank of x": ({"x": np.zeros(16, np.float32)}, "x has shape (16,)"),
     "stride of x": ({"x": np.zeros((6, 32), np.float32)[:, ::2]}, "x has strides (32, 2) (in elements). Must be contiguous"),
     "too many tokens": (good(41), "x has 41 tokens. Must be at most max_tokens=40."),
-    "list for x": ({"x": [[1.0]]}, "x is a list. Must be a NumPy array or an object with __dlpack__"),
-    "GPU array": ({"x": OnGpu()}, "x is on 'cuda', but this layer runs on the host"),
+    "list for x": ({"x": [[1.0]]}, "x is a list. Must be a NumPy, CuPy or torch array, or an object with __dlpack__"),
+    "GPU array": ({"x": OnGpu()}, "x is on 'cuda:0', but this layer runs on 'cpu'."),
     "int64 ids": ({"topk_ids": np.zeros((6, 2), np.int64)}, "topk_ids has dtype int64. Must be int32."),
     "ids of other tokens": ({"topk_ids": np.zeros((5, 2), np.int32)}, "topk_ids has shape (5, 2). Must be (6, 2)."),
     "id out of range": ({"topk_ids": bad_id()}, "topk_ids[3, 1]=5 is not valid. Must be below num_experts=5"),
@@ -170,13 +170,13 @@ def failing_world(monkeypatch: pytest.MonkeyPatch, lost: str) -> tuple[World, li
     inputs = [(PROBLEM.tokens(40, rank), *routes(SPEC, 40, "uniform", rank)) for rank in range(2)]
     world.run(PROBLEM, inputs)
     epoch = 2
-    heap, layout = world.comms[0].heap_array(0), world.comms[0].heap
+    heap, layout = world.comms[0].heap_memory(0), world.comms[0].heap
     stride = {"counts": layout.arguments()["count_stride"], "chunk_signals": layout.arguments()["chunk_stride"]}
     word = 0 if lost == "return_signals" else (8 * (epoch % 2) + 1) * stride[lost]
     if lost == "return_signals":  # the first route of rank 0 that rank 1 owns
         ids = inputs[0][1]
         word = int(np.argwhere(ids.reshape(-1) >= len(world.placement.local_experts(0)))[0, 0])
-    lose_word(heap.ctypes.data + layout.regions[lost].offset + 8 * word)
+    lose_word(heap.pointer + layout.regions[lost].offset + 8 * word)
     monkeypatch.setenv("FLASHMOE_TIMEOUT_S", "0.5")
     return world, inputs
 
@@ -234,7 +234,7 @@ def test_a_reset_that_not_all_ranks_join_fails(monkeypatch: pytest.MonkeyPatch) 
 def test_a_call_without_threads_is_an_error_and_runs_nothing(
     layer: fmg.MoELayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type(layer._kernel), "launch", refuse_threads)
+    monkeypatch.setattr(type(layer._target), "launch", refuse_threads)
     out = np.full((6, 16), 3.0, np.float32)
     with pytest.raises(fmg.FlashMoEError, match="refused to start"):
         layer(**good(), out=out)
@@ -243,7 +243,7 @@ def test_a_call_without_threads_is_an_error_and_runs_nothing(
     assert_works(layer)
 
 
-def refuse_threads(kernel: Any, args: Any, threads: int) -> None:
+def refuse_threads(target: Any, kernel: Any, args: Any, threads: int, stream: Any) -> None:
     raise fmg.FlashMoEError(f"{kernel.compiled.name} needs {threads} threads; the system refused to start them.")
 
 

@@ -209,4 +209,4 @@ def test_workspace_and_heap_are_reported() -> None:
     assert layer.workspace_bytes == layer._workspace.nbytes
     rows = spec.max_tokens * spec.hidden_size * 4
     assert layer.comm.heap.bytes >= rows * (1 + spec.top_k)
-    assert layer.comm.heap.bytes == layer.comm.heap_array(0).nbytes
+    assert layer.comm.heap.bytes == layer.comm.heap_memory(0).nbytes

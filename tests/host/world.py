@@ -81,12 +81,11 @@ def poison(layer: fmg.MoELayer, *, heap: bool = True) -> None:
     """Fill everything that may hold anything before a call with NaN patterns (all bits set: NaN in every dtype)."""
     for region in layer._layout.regions.values():
         if not region.persistent:
-            layer._region(region.name)[:] = 0xFF
+            layer._workspace.fill(region.offset, region.bytes, 0xFF)
     if heap:
-        bytes_ = layer.comm.heap_array(layer.comm.rank)
         for region in layer.comm.heap.regions.values():
             if not region.persistent:
-                bytes_[region.offset : region.offset + region.bytes] = 0xFF
+                layer.comm.heap_memory(layer.comm.rank).fill(region.offset, region.bytes, 0xFF)
 
 
 def on_ranks(world_size: int, work: Any) -> list[Any]:

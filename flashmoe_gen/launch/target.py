@@ -1,0 +1,80 @@
+"""What a target offers to the layer, the router and the communicators: memory, loaded kernels, launches."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..cache import CompiledKernel
+
+
+class Memory(Protocol):
+    """Zeroed memory at a 256-byte boundary that a kernel of the target can use."""
+
+    pointer: int
+    nbytes: int
+
+    def fill(self, offset: int, nbytes: int, value: int) -> None:
+        """Set bytes, after everything launched before."""
+
+    def read(self, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
+        """A copy of some bytes as uint8, after everything launched before."""
+
+
+class Kernel(Protocol):
+    """A loaded kernel.
+
+    Attributes:
+        compiled: what the cache says of it.
+        max_workers: the most workers (threads of the host, blocks of a GPU) that run at the same time; 0: no limit.
+    """
+
+    @property
+    def compiled(self) -> CompiledKernel: ...
+
+    @property
+    def max_workers(self) -> int: ...
+
+
+class Target(Protocol):
+    """Where kernels run.
+
+    Attributes:
+        name: ``"host"`` or ``"cuda"``.
+        arch: what kernels are generated for.
+        device: where arrays must be: ``"cpu"`` or ``"cuda:N"``.
+        system_workers: workers of a MoE launch that are not processors.
+    """
+
+    name: str
+    arch: str
+    device: str
+    system_workers: int
+
+    def load(self, compiled: CompiledKernel, *, threads: int, shared_bytes: int) -> Kernel:
+        """Load a compiled kernel whose blocks have so many threads and bytes of dynamic shared memory (GPU)."""
+
+    def processors(self, kernel: Kernel, world_size: int) -> int:
+        """Processors for one of ``world_size`` ranks of this process."""
+
+    def router_workers(self, kernel: Kernel, tokens: int, wanted: int) -> int:
+        """Workers of a router launch for which ``wanted`` would have work."""
+
+    def allocate(self, nbytes: int) -> Memory:
+        """Zeroed memory; raises :class:`~flashmoe_gen.CommError` when there is none."""
+
+    def upload(self, array: np.ndarray[Any, Any]) -> Memory:
+        """A copy of an array in the target's memory."""
+
+    def record(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """A zeroed array like ``array`` that kernels can write and this process can read at any time."""
+
+    def stream(self, given: Any, array: Any) -> Any:
+        """The stream of a call: the one given, else the current one of the library ``array`` belongs to."""
+
+    def launch(self, kernel: Kernel, args: np.ndarray[Any, Any], workers: int, stream: Any) -> None:
+        """Launch with one packed argument struct."""
+
+    def synchronize(self) -> None:
+        """Wait until nothing launched before still runs."""

@@ -1,0 +1,162 @@
+"""Every GPU kernel this package can generate by default compiles, without spills and in seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from flashmoe_gen.arch import ARCHS
+from flashmoe_gen.cache import CompiledKernel
+from flashmoe_gen.cubin import usage
+from flashmoe_gen.errors import SpecError, UnsupportedError
+from flashmoe_gen.plan import TileConfig, default_tile, plan_kernel
+from flashmoe_gen.render import generate
+from flashmoe_gen.spec import MoESpec
+
+# Asked without the package, so that a fault of the package is a failure and not a skip.
+try:
+    nvrtc = importlib.import_module("cupy.cuda").nvrtc
+    nvrtc.getVersion()
+except (ImportError, OSError, RuntimeError) as error:
+    pytest.skip(f"CuPy or NVRTC cannot be loaded: {error}", allow_module_level=True)
+
+GPU_ARCHS = [name for name, arch in ARCHS.items() if not arch.is_host]
+MAX_SECONDS = 10.0
+
+BASE = MoESpec(2048, 768, 128, 8, max_tokens=256)
+# dtype, math of float32
+MATHS = [("bfloat16", None), ("float16", None), ("float32", "tf32"), ("float32", "ffma"), ("float64", None)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel to compile."""
+
+    label: str
+    spec: MoESpec
+    arch: str
+    kernel: str = "moe"
+    tile: TileConfig | None = None
+
+
+def _matrix() -> Iterator[Case]:
+    for arch in GPU_ARCHS:
+        for dtype, math in MATHS:
+            for mlp in ("gated", "vanilla"):
+                spec = BASE.replace(dtype=dtype, mlp=mlp)
+                tile = default_tile(spec, arch)
+                label = "-".join([arch, math or dtype, mlp])
+                yield Case(label, spec, arch, tile=tile.replace(math=math) if math else tile)
+        for dtype in ("bfloat16", "float16", "float32", "float64"):
+            yield Case(f"{arch}-router-{dtype}", BASE.replace(dtype=dtype), arch, kernel="router")
+
+
+# What the matrix does not reach: other functions, shapes that end within a stage or a tile, and other tiles.
+def _corners() -> Iterator[Case]:
+    arch = "sm_90a"
+    gpt_oss = BASE.replace(
+        hidden_size=2880, intermediate_size=2880, bias=True, gate_limit=7.0, up_offset=1.0, swish_beta=1.702
+    )
+    yield Case("gpt-oss", gpt_oss, arch)
+    yield Case("one chunk", BASE.replace(hidden_size=8, intermediate_size=8), "sm_80")
+    for dtype, activation in (("float32", "gelu"), ("float16", "gelu_tanh"), ("float64", "gelu"), ("bfloat16", "relu")):
+        odd = BASE.replace(
+            hidden_size=2056, intermediate_size=776, dtype=dtype, activation=activation, bias=True, weight_on="input"
+        )
+        yield Case(f"{dtype}-{activation}", odd, arch)
+    yield Case("one row of warps", BASE, arch, tile=TileConfig(16, 64, 64, 4, 1, 4))
+    yield Case("rows of 64 bytes", BASE, arch, tile=TileConfig(64, 128, 32, 4, 2, 4))
+    yield Case("three blocks", BASE, arch, tile=TileConfig(64, 64, 64, 3, 2, 2))
+
+
+Futures = dict[str, "Future[tuple[CompiledKernel, float]]"]
+CASES = {case.label: case for case in (*_matrix(), *_corners())}
+assert len(CASES) == len(list(_matrix())) + len(list(_corners())), "labels must differ"
+
+
+def _compile(case: Case) -> tuple[CompiledKernel, float]:
+    """The kernel and the processor time it took: unlike wall-clock time, that of a busy machine too."""
+    source = generate(case.spec, arch=case.arch, kernel=case.kernel, tile=case.tile)  # type: ignore[arg-type]
+    start = time.thread_time()
+    return source.compile(), time.thread_time() - start
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> Iterator[Futures]:
+    """The selected cases, compiling in two threads: NVRTC releases the GIL."""
+    tests = [item for item in request.session.items if getattr(item, "originalname", "") == "test_compiles"]
+    wanted = {item.callspec.params["label"] for item in tests}  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(2) as pool:
+        yield {label: pool.submit(_compile, case) for label, case in CASES.items() if label in wanted}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("label", CASES)
+def test_compiles(label: str, compiled: Futures) -> None:
+    case = CASES[label]
+    try:
+        kernel, seconds = compiled[label].result()
+    except UnsupportedError as error:
+        pytest.skip(str(error))  # this NVRTC is too old or too new for the arch
+    resources = usage(kernel.image)
+    assert len(resources) == 1
+    (used,) = resources.values()
+    assert kernel.spill_bytes == 0
+    assert used.frame_bytes == 0, "an array of a thread lives in local memory"
+    assert seconds <= MAX_SECONDS
+    assert "warning" not in kernel.log
+    if case.kernel == "moe":
+        plan = plan_kernel(case.spec, case.tile or default_tile(case.spec, case.arch), case.arch)
+        assert kernel.shared_bytes == 0, "all shared memory is dynamic: the plan counts it"
+        warps_of_partition = -(-plan.min_blocks * plan.threads // 128)
+        assert kernel.registers <= min(255, ARCHS[case.arch].registers // 128 // warps_of_partition)
+
+
+@pytest.mark.parametrize("arch", GPU_ARCHS)
+@pytest.mark.parametrize(
+    "change",
+    [{"max_tokens": 8192}, {"world_size": 8}, {"num_experts": 1024}, {"capacity": 4}],
+    ids=lambda change: next(iter(change)),
+)
+@pytest.mark.parametrize("kernel", ["moe", "router"])
+def test_launch_arguments_do_not_change_the_kernel(kernel: str, change: dict[str, int], arch: str) -> None:
+    usual = generate(BASE, arch=arch, kernel=kernel)  # type: ignore[arg-type]
+    other = generate(BASE.replace(**change), arch=arch, kernel=kernel)  # type: ignore[arg-type]
+    assert (usual.digest, usual.text, usual.name) == (other.digest, other.text, other.name)
+
+
+@pytest.mark.parametrize("arch", GPU_ARCHS)
+@pytest.mark.parametrize("dtype,math", MATHS)
+def test_default_tiles_fill_a_multiprocessor(dtype: str, math: str | None, arch: str) -> None:
+    spec = BASE.replace(dtype=dtype)
+    plan = plan_kernel(spec, default_tile(spec, arch), arch)
+    mma_warps = plan.min_blocks * (plan.threads // 32 - 1)
+    assert mma_warps >= 8
+    assert plan.min_blocks * (plan.shared_bytes + 1024) <= ARCHS[arch].shared_bytes + 1024
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [
+        TileConfig(64, 128, 48, 3, 2, 2),  # a row of 96 bytes
+        TileConfig(64, 128, 64, 1, 2, 2),  # no second stage
+        TileConfig(40, 128, 64, 3, 2, 2),
+        TileConfig(64, 72, 64, 3, 2, 2),
+        TileConfig(64, 128, 64, 3, 2, 1),  # two warps
+    ],
+)
+def test_refuses_impossible_tiles(tile: TileConfig) -> None:
+    with pytest.raises(SpecError):
+        plan_kernel(BASE, tile, "sm_90a")
+
+
+def test_refuses_tiles_over_the_shared_memory() -> None:
+    tile = TileConfig(128, 128, 64, 4, 2, 4)
+    assert plan_kernel(BASE, tile, "sm_90a").shared_bytes > 99 * 1024
+    with pytest.raises(UnsupportedError, match="shared memory"):
+        plan_kernel(BASE, tile, "sm_120")

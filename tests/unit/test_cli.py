@@ -1,0 +1,239 @@
+"""The command line: exit codes, JSON alone on stdout, errors that name the fix, and commands that reproduce a kernel."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flashmoe_gen as fmg
+from flashmoe_gen import compile as compile_module
+from flashmoe_gen.cli import checks, main, problem
+
+TINY = "--set hidden_size=64 --set intermediate_size=32 --set top_k=2"
+TINY_DEMO = f"demo {TINY} --experts 8 --tokens 5 --ranks 3"
+
+
+class Runner:
+    """Runs the command line in this process."""
+
+    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
+        self.capture = capture
+
+    def __call__(self, line: str, expect: int = 0) -> tuple[str, str]:
+        """Run a line and require its exit code; return stdout and stderr."""
+        self.capture.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main(shlex.split(line))
+        out, err = self.capture.readouterr()
+        assert (caught.value.code or 0) == expect, err
+        return out, err
+
+    def json(self, line: str, expect: int = 0) -> Any:
+        return json.loads(self(f"{line} --json", expect)[0])
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Runner:
+    return Runner(capsys)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_help_and_version(run: Runner) -> None:
+    for line in ("--help", "-h", "demo --help", "generate --help", "compile --help", "cache --help", "info --help"):
+        assert "Usage: flashmoe-gen" in run(line)[0]
+    assert run("--version")[0] == f"flashmoe_gen {fmg.__version__}\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "flashmoe_gen", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"flashmoe_gen {fmg.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nonsense", "No such command"),
+        ("generate --nonsense", "No such option"),
+        ("generate", "hidden_size, intermediate_size, top_k missing"),
+        ("generate --kernel router", "hidden_size, top_k missing"),
+        ("generate --kernel both --model olmoe-1b-7b", "Must be moe or router"),
+        ("generate --model olmoe", "Did you mean 'olmoe-1b-7b'?"),
+        ("generate --model olmoe-1b-7b --config x", "not valid together"),
+        ("generate --config /no/such/file", "cannot be read"),
+        ("generate --set hidden_size", "Must be field=value"),
+        ("generate --set hiden_size=64", "Did you mean hidden_size?"),
+        ("generate --model olmoe-1b-7b --set hidden_size=63", "multiple of 16 bytes"),
+        ("generate --model olmoe-1b-7b --set bias=perhaps", "Must be True or False"),
+        ("generate --model olmoe-1b-7b --set block_n=7", "block_n=7 is not valid"),
+        ("compile --model olmoe-1b-7b --arch sm_80 --set stages=1", "stages=1 is not valid on sm_80"),
+        ("demo --ranks 9", "--ranks"),
+        ("demo --experts 4", "top_k=8 is not valid"),
+    ],
+)
+def test_wrong_usage(run: Runner, line: str, message: str) -> None:
+    out, err = run(line, 2)
+    assert out == "" and message in err and "Traceback" not in err
+    error = run.json(line, 2)["error"]
+    assert message in error["message"] and error["exit_code"] == 2
+
+
+@pytest.mark.parametrize(
+    "line", ["generate --model olmoe-1b-7b --arch sm_70", "compile --model olmoe-1b-7b --arch sm_70"]
+)
+def test_failure(run: Runner, line: str) -> None:
+    out, err = run(line, 1)
+    assert out == "" and "'sm_70' is not supported. Supported: 'host', 'sm_80'" in err
+    assert run.json(line, 1)["error"]["type"] == "UnsupportedError"
+
+
+def test_an_environment_variable_that_is_not_valid(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHMOE_LOG", "loud")
+    assert "FLASHMOE_LOG='loud' is not valid" in run("cache list", 2)[1]
+
+
+def test_generate(run: Runner, tmp_path: Path) -> None:
+    text = run(f"generate {TINY}")[0]
+    source = fmg.generate(fmg.MoESpec(64, 32, 9, 2, max_tokens=7), arch="host")
+    assert text == source.text
+    found = run.json(f"generate {TINY}")
+    assert (found["text"], found["digest"], found["name"]) == (source.text, source.digest, source.name)
+    path = tmp_path / "new" / "kernel.cpp"
+    assert run.json(f"generate {TINY} -o {path}")["path"] == str(path) and path.read_text() == source.text
+    assert source.name in run(f"generate {TINY} -o {tmp_path}")[0]
+    assert (tmp_path / f"{source.name}.cpp").read_text() == source.text
+    assert "cannot be written" in run(f"generate {TINY} -o {path}/below.cpp", 1)[1]
+
+
+def test_generate_from_a_config(run: Runner, tmp_path: Path) -> None:
+    config = {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for line in ("generate --arch sm_90a", "generate --kernel router"):
+        of_config = run.json(f"{line} --config {tmp_path}")
+        assert of_config["digest"] == run.json(f"{line} --model qwen3-30b-a3b")["digest"]
+
+
+SPECS = {
+    **{
+        name: fmg.MoESpec.preset(name, max_tokens=3)
+        for name in ("qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v3", "llama4-scout")
+    },
+    "vanilla": fmg.MoESpec(64, 48, 6, 3, max_tokens=9, mlp="vanilla", activation="gelu_tanh", dtype="float16"),
+    "float32": fmg.MoESpec(64, 48, 6, 3, max_tokens=9, dtype="float32", swish_beta=1 / 3, capacity=2),
+}
+
+
+@pytest.mark.parametrize("arch", ["host", "sm_90a"])
+@pytest.mark.parametrize("kernel", ["moe", "router"])
+@pytest.mark.parametrize("name", SPECS)
+def test_the_recorded_command_makes_the_same_text(run: Runner, name: str, kernel: Any, arch: str) -> None:
+    spec = SPECS[name]
+    tiles = [None, fmg.default_tile(spec, arch).replace(lag=1, math=None)] if kernel == "moe" else [None]
+    for tile in tiles:
+        source = fmg.generate(spec, arch=arch, kernel=kernel, tile=tile)
+        command = source.metadata["command"]
+        assert f"//   {command}\n" in source.text
+        program, verb, *words = shlex.split(command)
+        assert (program, verb) == ("flashmoe-gen", "compile")
+        assert run.json(f"generate {shlex.join(words)}")["text"] == source.text
+
+
+def test_compile_and_cache(run: Runner, own_cache: Path) -> None:
+    out, err = run(f"compile {TINY}")
+    assert "flashmoe_layer_bf16_gated_silu_h64_i32_k2_host" in out and "flashmoe_launcher" in out
+    assert "\x1b" not in out + err
+    kernel, launcher = run.json(f"compile {TINY}")
+    assert kernel["from_cache"] and launcher["from_cache"] and kernel["path"] in out
+    assert kernel["digest"] == fmg.generate(fmg.MoESpec(64, 32, 2, 2, max_tokens=1), arch="host").digest
+
+    assert run("cache path")[0] == f"{own_cache}\n" and run.json("cache path") == {"path": str(own_cache)}
+    entries = run.json("cache list")
+    assert {entry["name"] for entry in entries} == {kernel["name"], "flashmoe_launcher"}
+    assert kernel["name"] in run("cache list")[0]
+    assert run.json("cache clear") == {"removed": 2, "path": str(own_cache)}
+    assert "0 kernels" in run("cache list")[0] and "0 kernels removed" in run("cache clear")[0]
+
+
+def test_the_commands_that_no_jit_names_build_what_is_missing(
+    run: Runner, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = fmg.MoESpec(64, 32, 4, 2, max_tokens=3)
+    for _ in range(5):
+        monkeypatch.setenv("FLASHMOE_NO_JIT", "1")
+        try:
+            with fmg.MoELayer(spec, target="host") as layer:
+                x = fmg.MoESpec.preset  # any object: the kernels are looked up before the arrays
+                with pytest.raises(fmg.SpecError, match="x is a method"):
+                    layer.route(x, x)
+            break
+        except fmg.CacheError as error:
+            command = str(error).partition("Build it with: ")[2]
+        monkeypatch.delenv("FLASHMOE_NO_JIT")
+        run(command.removeprefix("flashmoe-gen "))
+    else:
+        pytest.fail("the commands do not build what the layer needs")
+
+
+def test_compile_without_a_compiler(run: Runner, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(compile_module.importlib.util, "find_spec", lambda name: None)
+    assert "No C++ compiler found" in run(f"compile {TINY}", 1)[1]
+    results = run.json(f"compile {TINY}", 1)
+    assert [result["error"]["type"] for result in results] == ["CompileError"] * 2
+
+
+def test_info(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHMOE_TIMEOUT_S", "soon")
+    found = run.json("info")
+    assert found["version"] == fmg.__version__ and found["usable"]["generating kernels"]["usable"]
+    assert "is not valid" in found["environment"]["FLASHMOE_TIMEOUT_S"]["value"]
+    assert found["environment"]["FLASHMOE_CACHE_DIR"]["set"]
+    assert "Can be used for" in run("info")[0]
+
+
+def test_demo(run: Runner) -> None:
+    found = run.json(TINY_DEMO)
+    assert found["passed"] and all(check["passed"] for check in found["checks"]) and len(found["checks"]) == 5
+    assert [rank["tokens"] for rank in found["ranks"]] == [5, 5, 5]
+    assert sum(rank["rows"] for rank in found["ranks"]) == sum(rank["routes"] for rank in found["ranks"]) == 3 * 5 * 2
+    assert all(0 < rank["error"] < 5e-3 for rank in found["ranks"])
+    out, err = run(TINY_DEMO)
+    assert out.count("PASS") == 6 and "FAIL" not in out and "(5, 2, 0 tokens)" in out
+    assert "making" in err and "\x1b" not in out + err
+
+
+@pytest.mark.parametrize("options", ["--ranks 1", "--set capacity=1", "--set combine=rank --ranks 2", "--seed 7"])
+def test_demo_variants(run: Runner, options: str) -> None:
+    assert run.json(f"{TINY_DEMO} {options} --set dtype=float32")["passed"]
+
+
+def test_demo_that_fails(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(checks.BOUNDS, "bfloat16", 1e-9)
+    out, _ = run(TINY_DEMO, 1)
+    assert "FAIL  1 of 5 checks failed" in out
+    found = run.json(TINY_DEMO, 1)
+    assert not found["passed"] and [check["passed"] for check in found["checks"]] == [True, False, True, True, True]
+
+
+def test_demo_without_memory(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem, "available_bytes", lambda: 1 << 30)
+    assert "1.00 GiB are free. Try --experts 56." in run("demo", 1)[1]
+    monkeypatch.setattr(problem, "available_bytes", lambda: 1 << 29)
+    assert "Try a smaller model." in run("demo", 1)[1]
+
+
+def test_demo_on_a_gpu_is_refused(run: Runner) -> None:
+    assert "this version launches the host target alone" in run("demo --target cuda", 1)[1]
