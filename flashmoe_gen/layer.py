@@ -227,7 +227,7 @@ class MoELayer:
         self._require_open()
         packed = self._pack(x, topk_ids, topk_weights, experts, out, num_tokens)
         chosen = self._stream if stream is None and self._stream is not None else self._target.stream(stream, x)
-        self.comm.run(lambda: self._target.launch(self._kernel, self._bind(packed), self._workers, chosen))
+        self.comm.run(lambda: self._target.launch(self._kernel, self._bind(packed, chosen), self._workers, chosen))
         return arrays.exported(packed.result, x) if out is None else out
 
     def _pack(
@@ -327,14 +327,14 @@ class MoELayer:
         args["return_slots"] = return_slots(spec, self._combine)
         return args
 
-    def _bind(self, packed: PackedCall) -> np.ndarray[Any, Any]:
+    def _bind(self, packed: PackedCall, stream: Any) -> np.ndarray[Any, Any]:
         """Fill in where the heap lies now; start from clean counters when its signals did."""
         args = packed.args
         if self._generation != self.comm.generation:
             self._generation = self.comm.generation
             for region in self._layout.regions.values():
                 if region.persistent:
-                    self._workspace.fill(region.offset, region.bytes, 0)
+                    self._workspace.fill(region.offset, region.bytes, 0, stream)
             self._reported = 0
         for name, value in self.comm.heap.arguments().items():
             args[name] = value

@@ -73,9 +73,12 @@ class CudaMemory:
         self.pointer = int(self._array.data.ptr)
         self.nbytes = nbytes
 
-    def fill(self, offset: int, nbytes: int, value: int) -> None:
+    def fill(self, offset: int, nbytes: int, value: int, stream: Any = None) -> None:
         import cupy
 
+        if stream is not None:  # without waiting: a peer on this GPU may be waiting for the launch that follows
+            cupy.cuda.runtime.memsetAsync(self.pointer + offset, value, nbytes, stream.ptr)
+            return
         cupy.cuda.runtime.deviceSynchronize()
         cupy.cuda.runtime.memset(self.pointer + offset, value, nbytes)
         cupy.cuda.runtime.deviceSynchronize()
@@ -184,7 +187,7 @@ class CudaTarget:
         if given is not None:
             return _external_stream(given)
         if type(array).__module__.partition(".")[0] == "torch":
-            return cupy.cuda.ExternalStream(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
+            return _external_stream(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
         return cupy.cuda.get_current_stream()
 
     def launch(self, kernel: Any, args: np.ndarray[Any, Any], workers: int, stream: Any) -> None:
@@ -205,16 +208,25 @@ def _arch_of(capability: str) -> str:
     raise UnsupportedError(f"No kernels exist for compute capability {capability}. Supported: {', '.join(map(repr, ARCHS))}.")
 
 
+@dataclass(frozen=True)
+class _Handle:
+    """A raw stream handle that speaks the CUDA stream protocol."""
+
+    value: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.value
+
+
 def _external_stream(given: Any) -> Any:
     """A CuPy stream of anything that is one: ``__cuda_stream__`` (cuda.core), torch, CuPy, or the handle itself."""
     import cupy
 
-    if isinstance(given, (cupy.cuda.Stream, cupy.cuda.ExternalStream)):
+    if isinstance(given, cupy.cuda.Stream):
         return given
-    protocol = getattr(given, "__cuda_stream__", None)
-    if protocol is not None:
-        return cupy.cuda.ExternalStream(int((protocol() if callable(protocol) else protocol)[1]))
-    handle = getattr(given, "cuda_stream", given)
-    if isinstance(handle, bool) or not isinstance(handle, int):
-        raise SpecError(f"stream is a {type(given).__name__}. Must be a CUDA stream: __cuda_stream__, torch, CuPy or a handle.")
-    return cupy.cuda.ExternalStream(handle)
+    if not hasattr(given, "__cuda_stream__"):
+        handle = getattr(given, "cuda_stream", None) or getattr(given, "ptr", given)
+        if isinstance(handle, bool) or not isinstance(handle, int):
+            raise SpecError(f"stream is a {type(given).__name__}. Must be a CUDA stream: __cuda_stream__, torch, CuPy or a handle.")
+        given = _Handle(handle)
+    return cupy.cuda.Stream.from_external(given)

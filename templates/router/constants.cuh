@@ -3,7 +3,7 @@ constexpr int kHidden = ${spec.hidden_size};
 constexpr int kTopK = ${spec.top_k};
 constexpr bool kSoftmax = ${(spec.scoring == "softmax") | cpp};  // else sigmoid
 constexpr bool kRenormalize = ${spec.renormalize | cpp};
-constexpr bool kTop2Groups = ${(spec.group_score == "top2_sum") | cpp};  // a group counts by its two best experts, else by its best
+constexpr bool kTop2Groups = ${(spec.group_score == "top2_sum") | cpp};  // else the best alone
 constexpr double kRoutedScale = ${spec.routed_scale | cpp};
 constexpr int kMaxExperts = ${plan.max_experts};
 constexpr int kBlockTokens = ${plan.block_tokens};  // tokens whose logits are made together

@@ -24,8 +24,8 @@ struct Place {
 };
 
 //% if spec.dtype == "float64"
-constexpr int kStepBytes = 32;  // k4
-constexpr int kUnrolledSteps = 4;
+constexpr int kStepBytes = 32;     // k4
+constexpr int kUnrolledSteps = 2;  // more would take registers for operands far ahead
 struct RowFragment {
   double low, high;  // rows g and g + 8, k = l % 4
 };
@@ -97,8 +97,8 @@ DEVICE void multiply(Accumulator& c, const RowFragment& a, const ColumnFragment&
     for (int i = 0; i < 4; ++i) c[i] = fma_of(a.value[i / 2][k], b.value[kAtom][i % 2][k], c[i]);
 }
 //% else
-constexpr int kStepBytes = 32;  // k16 of 16-bit elements, k8 of tf32
-constexpr int kUnrolledSteps = 4;
+constexpr int kStepBytes = 32;     // k16 of 16-bit elements, k8 of tf32
+constexpr int kUnrolledSteps = 2;  // more would take registers for operands far ahead
 struct RowFragment {
   u32 value[4];
 };

@@ -72,7 +72,8 @@ DEVICE void process(BlockGroup& block, const Call& call, char* work, BlockState&
   if (block.any(!dispatch(warp, call, planners))) return;  // every warp claims chunks for itself
   if (threadIdx.x < kMmaThreads) run_tasks(call, state.slot, work);
   else fetch_tasks(call, state.slot);
-  if (!aborted(call)) combine(warp, call);
+  // What only the combine needs is read again rather than held in registers during the tasks.
+  if (!aborted(call)) combine(warp, begin_call(call.args, blockIdx.x, gridDim.x, Role::processor));
 }
 
 DEVICE void run_system(const Call& call, char* work) {

@@ -84,8 +84,19 @@ def test_experts_whose_scores_round_to_one_number_do_not_tie() -> None:
     spec = make_spec(4, scoring="sigmoid", top_k=2)
     problem = Problem(np.ones((1, 64), np.float32), np.repeat(np.float32([[20], [30], [-120], [25]]) / 64, 64, axis=1))
     assert run(spec, problem)[0].tolist() == [[1, 3]]
-    problem.w -= np.float32(150 / 64)  # and where they underflow
-    assert run(spec, problem)[0].tolist() == [[1, 3]]
+    problem.w -= np.float32(150 / 64)  # and where they underflow; their sum is no divisor then
+    ids, weights = run(spec, problem)
+    assert ids.tolist() == [[1, 3]] and weights.tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("shift", [-500, 500])
+def test_large_logits_do_not_overflow(shift: int) -> None:
+    spec = make_spec(4, renormalize=False, top_k=4)
+    logits = np.float32([0, 2, -1, 1]) + shift
+    problem = Problem(np.ones((1, 64), np.float32), np.repeat(logits[:, None] / 64, 64, axis=1))
+    ids, weights = run(spec, problem)
+    assert ids.tolist() == [[1, 3, 0, 2]]
+    np.testing.assert_allclose(weights, problem.reference(spec)[1], rtol=1e-4)
 
 
 def test_groups_tie_to_the_lowest_group() -> None:
