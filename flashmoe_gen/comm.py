@@ -16,6 +16,7 @@ from .launch.target import Memory, Target
 from .layout import HeapLayout, HeapNeeds
 from .spec import MAX_WORLD_SIZE
 
+
 class _Group:
     """What the in-process ranks of one communicator share. The first layer binds it to a target and makes the heaps."""
 
@@ -147,7 +148,8 @@ class Communicator:
             )
         for rank, other in enumerate(self._group.records):
             if other[0]["filled"]:
-                raise CommError(f"The communicator has failed: a wait of rank {rank} passed its deadline. Call reset() on every rank.")
+                what = f"a wait of rank {rank} passed its deadline"
+                raise CommError(f"The communicator has failed: {what}. Call reset() on every rank.")
 
     def reset(self) -> None:
         """Collective: forget a failure and start afresh; every rank calls it, no call may be in flight.

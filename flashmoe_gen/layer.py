@@ -11,7 +11,7 @@ import numpy as np
 from . import arrays, comm, env
 from .arch import get_arch
 from .args import MOE_ARGS, STATE
-from .errors import CommError, SpecError, UnsupportedError
+from .errors import CommError, SpecError
 from .experts import Experts
 from .launch.cuda import CudaTarget, device_count
 from .launch.host import HostTarget

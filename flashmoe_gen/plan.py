@@ -83,12 +83,12 @@ def default_tile(spec: MoESpec, arch: str) -> TileConfig:
     if target.is_host:
         return TileConfig(block_m=32, block_n=64)
     # Two blocks of four MMA warps overlap each other's epilogues; where only one fits, it has eight.
-    warps = {"warps_m": 2, "warps_n": 2 if target.shared_bytes > 160 * 1024 else 4}
+    warps_n = 2 if target.shared_bytes > 160 * 1024 else 4
     if spec.dtype == "float64":
-        return TileConfig(block_m=64, block_n=64, block_k=16, stages=3, **warps)
+        return TileConfig(block_m=64, block_n=64, block_k=16, stages=3, warps_m=2, warps_n=warps_n)
     if spec.dtype == "float32":
-        return TileConfig(block_m=64, block_n=128, block_k=32, stages=3, math="tf32", **warps)
-    return TileConfig(block_m=64, block_n=128, block_k=64, stages=3, **warps)
+        return TileConfig(block_m=64, block_n=128, block_k=32, stages=3, warps_m=2, warps_n=warps_n, math="tf32")
+    return TileConfig(block_m=64, block_n=128, block_k=64, stages=3, warps_m=2, warps_n=warps_n)
 
 
 def resolve_combine(spec: MoESpec, tile: TileConfig, arch: Arch) -> str:

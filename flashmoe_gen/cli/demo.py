@@ -35,14 +35,14 @@ def demo(
     experts: Annotated[
         int | None, typer.Option("--experts", help="Fewer experts than the model has.", show_default=False)
     ] = None,
-    target: Annotated[str, typer.Option("--target", help="Where to run; this version runs on the host.")] = "host",
+    target: Annotated[str, typer.Option("--target", help="Where to run: host.")] = "host",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of weights and tokens.")] = 0,
     set_: SetOption = None,
     json_: JsonFlag = False,
 ) -> None:
     """Plan, generate, compile, run and check one MoE layer of a real model, with random weights."""
     if target != "host":
-        raise UnsupportedError(f"--target {target} is not supported: this version launches the host target alone.")
+        raise UnsupportedError(f"--target {target} is not supported: the demo runs on the host target alone.")
     fixed: dict[str, Any] = {"max_tokens": tokens, "world_size": ranks} | (
         {"num_experts": experts} if experts is not None else {}
     )

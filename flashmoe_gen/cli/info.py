@@ -15,7 +15,7 @@ from .. import __version__, env
 from ..arch import ARCHS
 from ..compile import compiler_identity, find_host_compiler
 from ..errors import FlashMoEError
-from ..launch.cuda import device_count, require_device
+from ..launch.cuda import CudaTarget, device_count
 from . import console
 from .console import JsonFlag
 from .memory import available_bytes
@@ -57,7 +57,6 @@ def info(json_: JsonFlag = False) -> None:
 
 def collect() -> dict[str, Any]:
     """Everything the command prints, as it is printed with ``--json``."""
-    gpus = _gpus()
     return {
         "version": __version__,
         "python": platform.python_version(),
@@ -69,9 +68,9 @@ def collect() -> dict[str, Any]:
             "generating kernels": {"usable": True, "detail": ", ".join(ARCHS)},
             "compiling and running on the host": _try(lambda: find_host_compiler().version),
             "compiling for GPUs": _try(lambda: compiler_identity("sm_90a").split(" -")[0]),
-            "running on GPUs": _running_on_gpus(gpus),
+            "running on GPUs": _try(lambda: _target(CudaTarget())),
         },
-        "gpus": gpus,
+        "gpus": _gpus(),
         "environment": {name: _setting(name, read) for name, read in _VARIABLES.items()},
     }
 
@@ -83,12 +82,8 @@ def _try(look: Callable[[], str]) -> dict[str, Any]:
         return {"usable": False, "detail": str(error)}
 
 
-def _running_on_gpus(gpus: list[dict[str, Any]]) -> dict[str, Any]:
-    try:
-        require_device()
-    except FlashMoEError as error:
-        return {"usable": False, "detail": str(error)}
-    return {"usable": False, "detail": f"{len(gpus)} found, but this version launches the host target alone."}
+def _target(target: CudaTarget) -> str:
+    return f"{target.device}, with kernels for {target.arch}"
 
 
 def _version(package: str) -> str | None:

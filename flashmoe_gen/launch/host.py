@@ -65,7 +65,7 @@ class HostMemory:
         self.array[offset : offset + nbytes] = value
 
     def read(self, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
-        return self.array[offset : offset + nbytes].copy()
+        return np.array(self.array[offset : offset + nbytes])
 
 
 @dataclass(frozen=True)

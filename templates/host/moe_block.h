@@ -19,7 +19,8 @@ DEVICE void process(Group& group, const Call& call, int processor, int processor
 }
 
 // Thread 0 schedules, thread 1 subscribes, the others process.
-extern "C" void ${name}(const void* packed, u32 thread, u32 threads, const HostRuntime* lent) {
+extern "C" void ${name}(
+    const void* packed, u32 thread, u32 threads, const HostRuntime* lent) {
   runtime = lent;
   const MoEArgs& args = *static_cast<const MoEArgs*>(packed);
   const Role role = thread == 0 ? Role::scheduler : thread == 1 ? Role::subscriber : Role::processor;

@@ -27,7 +27,8 @@ DEVICE void make_logits(const RouterArgs& args, int first, int count, LogitScrat
   }
 }
 
-extern "C" void ${name}(const void* packed, u32 thread, u32 threads, const HostRuntime* lent) {
+extern "C" void ${name}(
+    const void* packed, u32 thread, u32 threads, const HostRuntime* lent) {
   runtime = lent;
   const RouterArgs& args = *static_cast<const RouterArgs*>(packed);
   const int tokens = token_count(args);

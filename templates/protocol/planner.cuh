@@ -151,6 +151,6 @@ DEVICE bool plan_routes(Group& group, const Call& call, int planner, int planner
   write_lists(group, call, first, last, scratch);
   group.sync();
   if (group.lane == 0 && fetch_add_acq_rel(&call.counters().planners_listed, 1u) + 1 == u32(planners))
-    store_release<Scope::device>(&call.counters().arrived[args.rank], kAllChunks);  // local rows are in x: pairs with rows_arrived()
+    store_release<Scope::device>(&call.counters().arrived[args.rank], kAllChunks);  // pairs with rows_arrived()
   return true;
 }

@@ -84,7 +84,8 @@ DEVICE void run_system(const Call& call, char* work) {
   if (call.role == Role::subscriber) subscribe(warp, call, words + 3 * experts);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, ${plan.min_blocks}) ${name}(const __grid_constant__ MoEArgs args) {
+extern "C" __global__ void __launch_bounds__(kThreads, ${plan.min_blocks})
+${name}(const __grid_constant__ MoEArgs args) {
   extern __shared__ __align__(1024) char work[];
   BlockState& state = *reinterpret_cast<BlockState*>(work + kWorkBytes);
   BlockGroup block{&state.broadcast};

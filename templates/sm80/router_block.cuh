@@ -11,11 +11,11 @@ constexpr int kThreads = ${plan.threads};
 constexpr int kWarps = kThreads / 32;
 constexpr int kFragmentTokens = kBlockTokens;
 constexpr int kFragmentExperts = ${plan.block_experts};
-constexpr int kWideRows = 2;                                // fragments of a wide tile
-constexpr int kWideColumns = sizeof(Element) == 2 ? 8 : 4;
-constexpr int kChunk = 64 / int(sizeof(Element));           // elements of a row that one load of a warp takes
+constexpr int kWideRows = sizeof(Element) == 2 ? 4 : 2;      // fragments of a wide tile: what 255 registers hold
+constexpr int kWideColumns = 4;
+constexpr int kChunk = 64 / int(sizeof(Element));            // elements of a row that one load of a warp takes
 constexpr int kChunks = (kHidden + kChunk - 1) / kChunk;
-constexpr int kRound = 32 / int(sizeof(Acc));               // fragments in shared memory at a time: 32 KiB
+constexpr int kRound = 32 / int(sizeof(Acc));                // fragments in shared memory at a time: 32 KiB
 
 // One fragment of sums: a lane has tokens g = lane / 4 and g + 8 at experts 2 (lane % 4) and the next.
 struct alignas(16) Sums {
@@ -63,7 +63,7 @@ DEVICE void multiply(Sums& c, const Operand& low, const Operand& high, const Ope
 }
 //% else
 DEVICE void multiply_step(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  ${{"bfloat16": "mma_m16n8k16_bf16", "float16": "mma_m16n8k16_f16"}[spec.dtype]}(c, a, b0, b1);
+  ${"mma_m16n8k16_bf16" if spec.dtype == "bfloat16" else "mma_m16n8k16_f16"}(c, a, b0, b1);
 }
 DEVICE void multiply(Sums& c, const Operand& low, const Operand& high, const Operand& b) {
 #pragma unroll
@@ -182,7 +182,8 @@ DEVICE void make_logits(const RouterArgs& args, Parts& parts, int tokens, int fi
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) ${name}(const __grid_constant__ RouterArgs args) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+${name}(const __grid_constant__ RouterArgs args) {
   __shared__ Parts parts;
   __shared__ u64 word;
   BlockGroup block{&word};

@@ -236,4 +236,4 @@ def test_demo_without_memory(run: Runner, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_demo_on_a_gpu_is_refused(run: Runner) -> None:
-    assert "this version launches the host target alone" in run("demo --target cuda", 1)[1]
+    assert "the demo runs on the host target alone" in run("demo --target cuda", 1)[1]

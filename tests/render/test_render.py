@@ -1,0 +1,151 @@
+"""Rendering: the same text everywhere, from what it should depend on and from nothing else."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flashmoe_gen as fmg
+from flashmoe_gen.arch import ARCHS
+from flashmoe_gen.render import PARTS, environment, template_dir
+
+BASE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 128, "num_experts": 8, "top_k": 2, "max_tokens": 64}
+
+
+def spec(**changes: Any) -> fmg.MoESpec:
+    return fmg.MoESpec(**{**BASE, **changes})
+
+
+@pytest.mark.parametrize("kernel", ["moe", "router"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_fresh_process_renders_the_same_bytes(arch: str, kernel: Any) -> None:
+    code = (
+        "import flashmoe_gen as fmg, sys; "
+        f"print(fmg.generate(fmg.MoESpec(**{BASE!r}), arch={arch!r}, kernel={kernel!r}).digest)"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == fmg.generate(spec(), arch=arch, kernel=kernel).digest
+
+
+@pytest.mark.parametrize("kernel", ["moe", "router"])
+@pytest.mark.parametrize("arch", ["host", "sm_80", "sm_90a"])
+def test_launch_arguments_do_not_change_the_text(arch: str, kernel: Any) -> None:
+    text = fmg.generate(spec(), arch=arch, kernel=kernel).text
+    for change in (
+        {"max_tokens": 4096},
+        {"world_size": 4},
+        {"num_experts": 200},
+        {"capacity": 7},
+        {"batch_invariant": True},
+        {"num_experts": 64, "num_groups": 8, "top_groups": 4},
+    ):
+        assert fmg.generate(spec(**change), arch=arch, kernel=kernel).text == text, change
+    tile = fmg.default_tile(spec(), arch)
+    for combine in ("route", "rank"):
+        assert fmg.generate(spec(), arch=arch, kernel=kernel, tile=tile.replace(combine=combine)).text == text
+
+
+CHANGES = {
+    "moe": [
+        {"hidden_size": 512}, {"intermediate_size": 256}, {"top_k": 3}, {"dtype": "float16"}, {"mlp": "vanilla"},
+        {"activation": "relu"}, {"bias": True}, {"swish_alpha": 0.5}, {"swish_beta": 1.5}, {"gate_limit": 7.0},
+        {"up_offset": 1.0}, {"weight_on": "input"},
+    ],
+    "router": [
+        {"hidden_size": 512}, {"top_k": 3}, {"dtype": "float16"}, {"scoring": "sigmoid"}, {"renormalize": False},
+        {"group_score": "top2_sum"}, {"routed_scale": 2.5},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", ["moe", "router"])
+@pytest.mark.parametrize("arch", ["host", "sm_90a"])
+def test_every_parameter_changes_name_and_digest(arch: str, kernel: Any) -> None:
+    sources = [fmg.generate(spec(**change), arch=arch, kernel=kernel) for change in [{}, *CHANGES[kernel]]]
+    assert len({source.name for source in sources}) == len(sources)
+    assert len({source.digest for source in sources}) == len(sources)
+
+
+def test_the_tile_is_part_of_the_kernel() -> None:
+    tile = fmg.default_tile(spec(), "host")
+    tiles = [tile, tile.replace(block_m=8), tile.replace(block_n=32), tile.replace(lag=5)]
+    assert len({fmg.generate(spec(), arch="host", tile=t).name for t in tiles}) == len(tiles)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kernel", ["moe", "router"])
+def test_a_kernel_is_one_readable_text(arch: str, kernel: Any) -> None:
+    source = fmg.generate(spec(), arch=arch, kernel=kernel)
+    assert re.fullmatch(r"flashmoe_(layer|router)_[a-z0-9_]+_[0-9a-f]{8}", source.name)
+    assert source.text.startswith(f"// {source.name}\n")
+    assert "// Spec\n" in source.text and "// Reproduce\n" in source.text
+    assert not re.search(r"\$\{|/\*%|^\s*//%|#include \"", source.text, re.MULTILINE), "left-over template syntax"
+    assert str(template_dir()) not in source.text
+    parts = re.findall(r'^#line 1 "(.+)"$', source.text, re.MULTILINE)
+    assert len(parts) == len(set(parts)) and all((template_dir() / part).is_file() for part in parts)
+    assert source.text.count(f"{source.name}(") == 1
+    widest = max(len(line) for line in source.text.splitlines() if not line.startswith("//   flashmoe-gen"))
+    assert widest <= 132
+
+
+def test_every_template_is_used() -> None:
+    used = {part for parts in PARTS.values() for part in parts} | {"host/launcher.cpp", "host/explorer.cpp"}
+    there = {str(path.relative_to(template_dir())) for path in template_dir().rglob("*") if path.is_file()}
+    assert used == there
+
+
+def test_no_jinja_condition_inside_a_function_body() -> None:
+    for path in template_dir().rglob("*"):
+        if not path.is_file():
+            continue
+        depth = 0
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if re.match(r"\s*//%\s*(if|elif|else|endif)", line):
+                assert depth == 0, f"{path.name}:{number}: a Jinja condition inside braces"
+            elif not line.lstrip().startswith(("//", "#")):
+                code = re.sub(r"\$\{[^}]*\}\}?|\"[^\"]*\"|'.'|//.*", "", line)
+                depth += code.count("{") - code.count("}")
+
+
+def test_an_undefined_name_in_a_template_is_an_error() -> None:
+    with pytest.raises(Exception, match="undefined"):
+        environment().from_string("${nothing}").render()
+
+
+def test_write(tmp_path: Path) -> None:
+    source = fmg.generate(spec(), arch="sm_90a")
+    assert source.write(tmp_path) == tmp_path / f"{source.name}.cu"
+    assert source.write(tmp_path / "mine.cu").read_text() == source.text
+    assert fmg.generate(spec(), arch="host").write(tmp_path).suffix == ".cpp"
+
+
+def test_a_copy_of_every_source_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHMOE_KEEP_SOURCE", str(tmp_path / "kept"))
+    source = fmg.generate(spec(), arch="host", kernel="router")
+    source.compile()
+    assert (tmp_path / "kept" / f"{source.name}.cpp").read_text() == source.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"arch": "sm_90"}, fmg.UnsupportedError, "arch='sm_90' is not supported.*sm_90a"),
+        ({"arch": "sm_70"}, fmg.UnsupportedError, "arch='sm_70' is not supported. Supported: 'host', 'sm_80'"),
+        ({"arch": "host", "kernel": "gate"}, fmg.SpecError, "kernel='gate' is not valid. Must be 'moe' or 'router'."),
+        ({"arch": "sm_80", "tile": fmg.TileConfig(64, 128, block_k=48, stages=2)}, fmg.SpecError, "block_k=48"),
+        ({"arch": "sm_80", "tile": fmg.TileConfig(64, 128, warps_m=2, warps_n=2, stages=1)}, fmg.SpecError, "stages=1"),
+        (
+            {"arch": "sm_86", "tile": fmg.TileConfig(128, 256, stages=4, warps_m=2, warps_n=4)},
+            fmg.UnsupportedError,
+            "bytes of shared memory; sm_86 has 101376 per block",
+        ),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fmg.generate(spec(), **arguments)
