@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 from ..arch import ARCHS
 from ..cache import CompiledKernel
 from ..errors import CommError, FlashMoEError, SpecError, UnsupportedError
+from .target import WeightBox
 
 logger = logging.getLogger("flashmoe_gen")
 
@@ -100,6 +103,7 @@ class CudaKernel:
         threads: threads of a block.
         shared_bytes: dynamic shared memory of a block.
         max_workers: blocks that are resident at the same time on the whole GPU.
+        weights: the tensor maps it takes after its argument struct.
     """
 
     compiled: CompiledKernel
@@ -107,6 +111,7 @@ class CudaKernel:
     threads: int
     shared_bytes: int
     max_workers: int
+    weights: tuple[WeightBox, ...]
 
 
 class CudaTarget:
@@ -132,10 +137,13 @@ class CudaTarget:
         device = cupy.cuda.Device()
         self.max_blocks = max_blocks
         self.device = f"cuda:{device.id}"
+        self._maps: dict[Any, np.ndarray[Any, Any]] = {}
         self.multiprocessors = int(device.attributes["MultiProcessorCount"])
         self.arch = _arch_of(device.compute_capability)
 
-    def load(self, compiled: CompiledKernel, *, threads: int, shared_bytes: int) -> CudaKernel:
+    def load(
+        self, compiled: CompiledKernel, *, threads: int, shared_bytes: int, weights: Sequence[WeightBox] = ()
+    ) -> CudaKernel:
         import cupy
 
         function = cupy.RawModule(path=str(compiled.path)).get_function(compiled.name)
@@ -147,7 +155,7 @@ class CudaTarget:
                 f"{compiled.name} does not fit {self.device}: {threads} threads, {compiled.registers} registers, "
                 f"{shared_bytes} bytes of shared memory per block."
             )
-        return CudaKernel(compiled, function, threads, shared_bytes, resident * self.multiprocessors)
+        return CudaKernel(compiled, function, threads, shared_bytes, resident * self.multiprocessors, tuple(weights))
 
     def processors(self, kernel: Any, world_size: int) -> int:
         # Every block must be resident: they wait for each other. Ranks of this process share the GPU.
@@ -191,13 +199,50 @@ class CudaTarget:
         return cupy.cuda.get_current_stream()
 
     def launch(self, kernel: Any, args: np.ndarray[Any, Any], workers: int, stream: Any) -> None:
+        maps = [self._tensor_map(box, args[0]) for box in kernel.weights]
         with stream:
-            kernel.function((workers,), (kernel.threads,), (args[0],), shared_mem=kernel.shared_bytes)
+            kernel.function((workers,), (kernel.threads,), (args[0], *maps), shared_mem=kernel.shared_bytes)
+
+    def _tensor_map(self, box: WeightBox, args: Any) -> np.ndarray[Any, Any]:
+        """The 128-byte tensor map of a weight matrix, encoded once per address."""
+        strides = int(args[f"{box.name}_expert_stride"]), int(args[f"{box.name}_row_stride"])
+        # A rank without experts has no weights and never loads them, but a map must have an address.
+        pointer, experts = int(args[box.name]) or int(args["ring"]), max(1, int(args["local_experts"]))
+        key = box, pointer, experts, strides
+        if key not in self._maps:
+            self._maps[key] = _encode_tensor_map(box, pointer, experts, *(stride or box.columns for stride in strides))
+        return self._maps[key]
 
     def synchronize(self) -> None:
         import cupy
 
         cupy.cuda.runtime.deviceSynchronize()
+
+
+def _encode_tensor_map(
+    box: WeightBox, pointer: int, experts: int, expert_stride: int, row_stride: int
+) -> np.ndarray[Any, Any]:
+    """cuTensorMapEncodeTiled: [expert][row][column], 128-byte swizzle, zeros beyond the edges."""
+    from cuda.bindings import driver
+
+    wide, narrow = driver.cuuint64_t, driver.cuuint32_t
+    types = driver.CUtensorMapDataType
+    status, encoded = driver.cuTensorMapEncodeTiled(
+        {2: types.CU_TENSOR_MAP_DATA_TYPE_UINT16}[box.size],
+        3,
+        pointer,
+        [wide(box.columns), wide(box.rows), wide(experts)],
+        [wide(row_stride * box.size), wide(expert_stride * box.size)],
+        [narrow(box.box_columns), narrow(box.box_rows), narrow(1)],
+        [narrow(1)] * 3,
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise FlashMoEError(f"The tensor map of {box.name} cannot be encoded: {status.name} for {box}.")
+    return np.frombuffer(ctypes.string_at(encoded.getPtr(), 128), np.uint8).copy().view("V128")
 
 
 def _arch_of(capability: str) -> str:

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from ..cache import Cache, CompiledKernel
 from ..errors import CommError, CompileError, FlashMoEError, SpecError
 from ..render import render_parts
+from .target import WeightBox
 
 _ALIGN = 256
 
@@ -101,7 +103,9 @@ class HostTarget:
     device = "cpu"
     system_workers = 2  # the scheduler and the subscriber
 
-    def load(self, compiled: CompiledKernel, *, threads: int, shared_bytes: int) -> HostKernel:
+    def load(
+        self, compiled: CompiledKernel, *, threads: int, shared_bytes: int, weights: Sequence[WeightBox] = ()
+    ) -> HostKernel:
         return HostKernel.load(compiled)
 
     def processors(self, kernel: Any, world_size: int) -> int:

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..cache import CompiledKernel
+
+
+@dataclass(frozen=True)
+class WeightBox:
+    """How a kernel loads one weight matrix ``[E_local, rows, columns]`` through a tensor map (PTX ISA, Tensor Memory Access).
+
+    Attributes:
+        name: the field of ``MoEArgs`` with its address; ``<name>_expert_stride`` and ``<name>_row_stride`` go with it.
+        rows, columns: of one expert's matrix, in elements.
+        box_rows, box_columns: of one load.
+        size: bytes of an element.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    box_rows: int
+    box_columns: int
+    size: int
 
 
 class Memory(Protocol):
@@ -52,8 +73,13 @@ class Target(Protocol):
     device: str
     system_workers: int
 
-    def load(self, compiled: CompiledKernel, *, threads: int, shared_bytes: int) -> Kernel:
-        """Load a compiled kernel whose blocks have so many threads and bytes of dynamic shared memory (GPU)."""
+    def load(
+        self, compiled: CompiledKernel, *, threads: int, shared_bytes: int, weights: Sequence[WeightBox] = ()
+    ) -> Kernel:
+        """Load a compiled kernel whose blocks have so many threads and bytes of dynamic shared memory (GPU).
+
+        ``weights`` are the tensor maps it takes after its argument struct.
+        """
 
     def processors(self, kernel: Kernel, world_size: int) -> int:
         """Processors for one of ``world_size`` ranks of this process."""

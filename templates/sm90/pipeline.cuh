@@ -1,0 +1,191 @@
+// ---- The pipeline: stages in shared memory between one block's loaders and its two consumer warpgroups ---------------------
+// A stage holds one k step of kBlockM rows and kBlockN weight rows, 128 bytes each. It is full when the TMA has brought the
+// weights and every gather warp its rows; it is empty when every consumer warp has multiplied it. Whoever uses the pipeline
+// counts its own turns, over all tasks: the loaders are up to kStages steps ahead, also into the next task.
+constexpr int kStages = ${tile.stages};
+constexpr int kConsumers = kBlockM / 64;  // warpgroups
+constexpr int kConsumerWarps = kConsumers * 4;
+constexpr int kConsumerThreads = kConsumers * 128;
+constexpr int kGatherWarps = 2;
+constexpr int kGatherThreads = kGatherWarps * 32;
+
+constexpr int kRowBytes = kBlockK * int(sizeof(Element));
+constexpr u32 kRowStageBytes = kBlockM * kRowBytes;
+constexpr u32 kWeightStageBytes = kBlockN * kRowBytes;
+constexpr u32 kStageBytes = kRowStageBytes + kWeightStageBytes;
+static_assert(kRowBytes == 128 && kStageBytes == ${plan.stage_bytes});
+static_assert(kRowStageBytes % 1024 == 0 && kStageBytes % 1024 == 0, "the swizzle is a function of the address");
+
+template <int kDepth>
+constexpr int kSteps = (kDepth + kBlockK - 1) / kBlockK;
+
+// A place in a ring of kSize, and the parity of the barrier phase that the next visit waits for.
+template <u32 kSize>
+struct Turn {
+  u32 index = 0;
+  u32 phase = 0;
+
+  DEVICE void advance() {
+    if (++index < kSize) return;
+    index = 0;
+    phase ^= 1;
+  }
+};
+using StageTurn = Turn<kStages>;
+
+DEVICE void wait_barrier(u32 barrier, u32 parity) {
+  while (!mbarrier_try_wait_parity(barrier, parity)) {
+  }
+}
+
+struct Pipeline {
+  u32 stages;  // shared-memory addresses
+  u32 full_barriers, empty_barriers;
+
+  DEVICE u32 rows(const StageTurn& turn) const { return stages + turn.index * kStageBytes; }
+  DEVICE u32 weights(const StageTurn& turn) const { return rows(turn) + kRowStageBytes; }
+  DEVICE u32 full(const StageTurn& turn) const { return full_barriers + turn.index * 8; }
+  DEVICE u32 empty(const StageTurn& turn) const { return empty_barriers + turn.index * 8; }
+
+  DEVICE void wait_full(const StageTurn& turn) const { wait_barrier(full(turn), turn.phase); }
+  // The first visit of a stage finds it empty: the phase before a barrier's first counts as complete.
+  DEVICE void wait_empty(const StageTurn& turn) const { wait_barrier(empty(turn), turn.phase ^ 1); }
+
+  DEVICE void init() const {
+    for (u32 stage = 0; stage < kStages; ++stage) {
+      mbarrier_init(full_barriers + stage * 8, 1 + kGatherWarps);
+      mbarrier_init(empty_barriers + stage * 8, kConsumerWarps);
+    }
+  }
+};
+
+// ---- Loaders ----
+// Weights by TMA, issued by one thread. load(to, barrier, k) issues the kWeightStageBytes of a step.
+template <int kDepth, class Load>
+DEVICE void load_weights(const Pipeline& pipeline, StageTurn& turn, Load load) {
+#pragma unroll 1
+  for (int step = 0; step < kSteps<kDepth>; ++step) {
+    pipeline.wait_empty(turn);
+    mbarrier_arrive_expect_tx(pipeline.full(turn), kWeightStageBytes);
+    load(pipeline.weights(turn), pipeline.full(turn), step * kBlockK);
+    turn.advance();
+  }
+}
+
+// Rows anywhere in memory, by cp.async into the layout that TMA gives the weights: the 16-byte chunk of a row is permuted by
+// row % 8. A thread loads the same chunk of every eighth row of its warps' share; absent rows are zeros.
+struct RowGather {
+  static constexpr int kRowsPerPass = kGatherThreads / 8;
+  static constexpr int kPasses = kBlockM / kRowsPerPass;
+  static_assert(kRowsPerPass % 8 == 0 && kPasses <= 32, "all rows of a thread have one swizzle, and a bit of `present`");
+  const char* from[kPasses];
+  u32 present = 0;  // bit per pass
+  u32 thread;       // of kGatherThreads
+
+  DEVICE u32 byte() const { return thread % 8 * 16; }
+
+  // locate(row) is where a row starts, null when it is absent; `anywhere` is an address to name without reading it.
+  template <class Locate>
+  DEVICE RowGather(u32 thread, const Element* anywhere, Locate locate) : thread(thread) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const Element* start = locate(int(thread / 8) + pass * kRowsPerPass);
+      present |= u32(start != nullptr) << pass;
+      from[pass] = reinterpret_cast<const char*>(start != nullptr ? start : anywhere);
+    }
+  }
+  template <int kDepth>
+  DEVICE void load(u32 rows, int step) const {
+    const u32 row = thread / 8;
+    const u32 to = rows + row * kRowBytes + (byte() ^ row % 8 * 16);
+    const u32 at = u32(step) * kRowBytes + byte();
+    const bool inside = at < kDepth * sizeof(Element);
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const bool wanted = inside && (present >> pass & 1) != 0;
+      cp_async_16(to + pass * kRowsPerPass * kRowBytes, from[pass] + (wanted ? at : 0), wanted ? 16 : 0);
+    }
+  }
+};
+
+// By every gather warp. A step is handed over kLanding steps after it was issued. Consumers give a stage back when they have
+// the next one, so more than kStages - 2 steps on their way would wait for each other. ready(step) returns when the step's
+// rows may be read. Nothing is on its way when this returns: the next task may have to wait for what this one makes.
+template <int kDepth, class Ready>
+DEVICE void gather_rows(const Pipeline& pipeline, StageTurn& turn, const RowGather& gather, Ready ready) {
+  constexpr int kLanding = kStages - 2;
+  StageTurn landed = turn;
+  const auto hand_over = [&] {
+    fence_proxy_async_shared();  // each lane's copies are ordinary writes: pairs with the consumers' wait and their wgmma
+    __syncwarp();
+    if (gather.thread % 32 == 0) mbarrier_arrive(pipeline.full(landed));
+    landed.advance();
+  };
+#pragma unroll 1
+  for (int step = 0; step < kSteps<kDepth>; ++step) {
+    ready(step);
+    pipeline.wait_empty(turn);
+    gather.template load<kDepth>(pipeline.rows(turn), step);
+    cp_async_commit_group();
+    turn.advance();
+    if (step < kLanding) continue;
+    cp_async_wait_group<kLanding>();
+    hand_over();
+  }
+  cp_async_wait_group<0>();
+#pragma unroll 1
+  for (int step = kSteps<kDepth> < kLanding ? kSteps<kDepth> : kLanding; step > 0; --step) hand_over();
+}
+
+// ---- Consumers ----
+// The sums of a thread: 64 x kBlockN of its warpgroup. Warp w has rows 16 w to 16 w + 15; value[4 n + 2 half + i] is row
+// lane / 4 + 8 half, column 8 n + 2 (lane % 4) + i.
+struct Sums {
+  float value[kBlockN / 2];
+};
+
+// Matrix Descriptor: 128-byte swizzle, 1024 bytes from 8 rows to the next 8; the leading dimension is one line, its offset unused.
+DEVICE u64 descriptor(u32 tile) { return u64(1) << 62 | u64(1024 >> 4) << 32 | u64(1) << 16 | tile >> 4; }
+
+DEVICE u32 consumer() { return threadIdx.x / 128 - 1; }  // warpgroup 0 loads
+DEVICE void release_stage(const Pipeline& pipeline, const StageTurn& turn) {
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(pipeline.empty(turn));
+}
+
+// A warpgroup without rows keeps the barriers in step.
+template <int kDepth>
+DEVICE void pass_tile(const Pipeline& pipeline, StageTurn& turn) {
+#pragma unroll 1
+  for (int step = 0; step < kSteps<kDepth>; ++step) {
+    pipeline.wait_full(turn);
+    __syncwarp();
+    release_stage(pipeline, turn);
+    turn.advance();
+  }
+}
+
+// sums = rows . weights over kDepth elements, k ascending. One step's products run while the next stage is waited for.
+template <int kDepth>
+DEVICE void multiply_tile(Sums& sums, const Pipeline& pipeline, StageTurn& turn) {
+  const u32 my_rows = consumer() * 64 * kRowBytes;
+  StageTurn before = turn;
+#pragma unroll 1
+  for (int step = 0; step < kSteps<kDepth>; ++step) {
+    pipeline.wait_full(turn);
+    const u64 rows = descriptor(pipeline.rows(turn) + my_rows);
+    const u64 weights = descriptor(pipeline.weights(turn));
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kBlockK / 16; ++k)  // 16 elements are 32 bytes, 2 in a descriptor: the swizzle goes by the address
+      wgmma_m64n${tile.block_n}k16(sums.value, rows + 2 * k, weights + 2 * k, (step | k) != 0);
+    wgmma_commit_group();
+    wgmma_wait_group<1>();  // the step before has read its stage
+    if (step > 0) release_stage(pipeline, before);
+    before = turn;
+    turn.advance();
+  }
+  wgmma_wait_group<0>();
+  release_stage(pipeline, before);
+#pragma unroll
+  for (float& value : sums.value) asm volatile("" : "+f"(value)::"memory");  // not to be read before the wait above
+}

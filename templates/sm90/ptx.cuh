@@ -1,0 +1,61 @@
+// ---- PTX of sm_90a: one wrapper per instruction, named after it (with the section of the PTX ISA manual) -------------------
+// Every address below is a shared-memory address unless it is a pointer.
+
+struct alignas(64) TensorMap {  // a CUtensorMap, encoded by the launcher
+  u64 opaque[16];
+};
+
+// Parallel Synchronization and Communication, mbarrier. An arrive releases, a successful wait acquires, both for the block.
+DEVICE void mbarrier_init(u32 barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEVICE void mbarrier_arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+DEVICE void mbarrier_arrive_expect_tx(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+DEVICE bool mbarrier_try_wait_parity(u32 barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+      : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  return done != 0;
+}
+
+// Memory Consistency Model, fence.proxy: ordinary accesses of this thread before, wgmma's and TMA's after.
+DEVICE void fence_proxy_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Data Movement and Conversion, cp.async.bulk.tensor: the box of the map at (k, row, matrix); what lies outside is zero.
+DEVICE void cp_async_bulk_tensor_3d(u32 to, const TensorMap* map, u32 barrier, int k, int row, int matrix) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+      ::"r"(to), "l"(map), "r"(barrier), "r"(k), "r"(row), "r"(matrix) : "memory");
+}
+
+// Miscellaneous, setmaxnreg: by all warps of a warpgroup, which are in step before the next one.
+template <int kRegisters>
+DEVICE void setmaxnreg_inc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters) : "memory"); }
+template <int kRegisters>
+DEVICE void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters) : "memory"); }
+
+// Asynchronous Warpgroup Level Matrix, wgmma.
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+DEVICE void wgmma_wait_group() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory"); }
+
+// d = a . b (+ d): 64 rows of a, ${tile.block_n} rows of b, 16 elements of k, both operands in shared memory with k contiguous.
+//% set registers = tile.block_n // 2
+//% set type = "bf16" if spec.dtype == "bfloat16" else "f16"
+DEVICE void wgmma_m64n${tile.block_n}k16(float (&d)[${registers}], u64 a, u64 b, bool accumulate) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %${registers + 2}, 0;\n\t"
+      "wgmma.mma_async.sync.aligned.m64n${tile.block_n}k16.f32.${type}.${type} {"
+//% for first in range(0, registers, 16)
+      "/*% for i in range(first, first + 16) %*/%${i}${"" if i == registers - 1 else ", "}/*% endfor %*/"
+//% endfor
+      "}, %${registers}, %${registers + 1}, p, 1, 1, 0, 0;\n\t}"
+      : /*% for i in range(registers) %*/"+f"(d[${i}])${"" if i == registers - 1 else ", "}/*% endfor %*/
+
+      : "l"(a), "l"(b), "r"(u32(accumulate)));
+}
