@@ -186,6 +186,8 @@ MOE_ARGS = _struct(
     ("combine_by_rank", "int", "1: owners sum their routes of a token before they send"),
     ("return_slots", "int", "rows that can come back per token"),
     ("ring_slots", "int", "M-blocks of intermediate that fit the ring"),
+    ("lag", "int", "M-blocks between a GEMM1 and its GEMM2 in the task order"),
+    ("unused", "int", ""),
 )
 
 ROUTER_ARGS = _struct(

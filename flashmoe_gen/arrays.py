@@ -147,14 +147,21 @@ def view(array: Any, name: str, device: str | None = None) -> View:
 
 
 def checked(
-    array: Any, name: str, shape: Sequence[int | None], dtype: str, *, device: str = "cpu", contiguous: bool = True
+    array: Any,
+    name: str,
+    shape: Sequence[int | None],
+    dtype: str,
+    *,
+    device: str = "cpu",
+    contiguous: bool = True,
+    alignment: int = 1,
 ) -> View:
     """A view of an array that must have this shape (``None``: any size) and dtype, and be on this device.
 
-    ``contiguous=False`` asks only that the last axis be contiguous.
+    ``contiguous=False`` asks only that the last axis be contiguous; ``alignment`` is of its first element, in bytes.
 
     Raises:
-        SpecError: wrong device, shape, dtype or strides; names the argument, what it is and what it must be.
+        SpecError: wrong device, shape, dtype, strides or alignment; names the argument, what it is and what it must be.
         UnsupportedError: as :func:`view`.
     """
     found = view(array, name, device)
@@ -164,6 +171,8 @@ def checked(
     if len(found.shape) != len(shape) or any(want not in (None, have) for have, want in zip(found.shape, shape)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise SpecError(f"{name} has shape {found.shape}. Must be ({wanted}).")
+    if found.pointer % alignment and 0 not in found.shape:
+        raise SpecError(f"{name} does not start at a multiple of {alignment} bytes. Pass a copy.")
     packed = _packed_strides(found.shape)
     matters = [i for i, size in enumerate(found.shape) if size > 1]
     if 0 in found.shape:

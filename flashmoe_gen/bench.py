@@ -111,11 +111,7 @@ def measure_ceilings() -> Ceilings:
     cupy.cuda.runtime.deviceSynchronize()
     with stream:
         cupy.matmul(a, b, out=out)  # makes the library's handle
-    times: dict[str, float] = {}
-    for name, work in {
-        "matmul": lambda: cupy.matmul(a, b, out=out),
-        "read": lambda: kernel((blocks,), (512,), (data, np.uint64(data.nbytes // 16), sink)),
-    }.items():
+    def median_us(work: Callable[[], Any]) -> float:
         samples = []
         for _ in range(23):
             start, end = cupy.cuda.Event(), cupy.cuda.Event()
@@ -125,14 +121,17 @@ def measure_ceilings() -> Ceilings:
                 end.record(stream)
             end.synchronize()
             samples.append(1e3 * cupy.cuda.get_elapsed_time(start, end))
-        times[name] = float(np.median(samples[3:]))
+        return float(np.median(samples[3:]))
+
+    matmul_us = median_us(lambda: cupy.matmul(a, b, out=out))
+    read_us = median_us(lambda: kernel((blocks,), (512,), (data, np.uint64(data.nbytes // 16), sink)))
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
     version = cupy.cuda.runtime.driverGetVersion()
     return Ceilings(
         device=properties["name"].decode(),
         driver=f"CUDA {version // 1000}.{version % 1000 // 10}",
-        matmul_tflops=2 * 8192**3 / times["matmul"] / 1e6,
-        read_gbs=data.nbytes / times["read"] / 1e3,
+        matmul_tflops=2 * 8192**3 / matmul_us / 1e6,
+        read_gbs=data.nbytes / read_us / 1e3,
     )
 
 
@@ -140,7 +139,9 @@ def _random_weights(spec: MoESpec) -> Experts:
     import cupy
 
     e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
-    shapes = {"up": (e, i, h), "down": (e, h, i)} | ({"gate": (e, i, h)} if spec.mlp == "gated" else {})
+    shapes: dict[str, tuple[int, ...]] = {"up": (e, i, h), "down": (e, h, i)}
+    if spec.mlp == "gated":
+        shapes["gate"] = (e, i, h)
     if spec.bias:
         shapes |= {f"{name}_bias": shape[:2] for name, shape in list(shapes.items())}
     weights = {}

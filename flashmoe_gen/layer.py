@@ -15,9 +15,9 @@ from .errors import CommError, SpecError
 from .experts import Experts
 from .launch.cuda import CudaTarget, device_count
 from .launch.host import HostTarget
-from .launch.target import Target
+from .launch.target import Target, WeightBox
 from .layout import HeapNeeds, WorkspaceLayout, return_slots
-from .plan import TileConfig, default_tile, plan_kernel, resolve_combine
+from .plan import KernelPlan, TileConfig, default_tile, plan_kernel, resolve_combine
 from .render import generate
 from .router import Router
 from .spec import MoESpec, Placement
@@ -101,7 +101,12 @@ class MoELayer:
         self._combine = resolve_combine(spec, self.tile, get_arch(arch))
         self._plan = plan_kernel(spec, self.tile, arch)
         compiled = generate(spec, arch=arch, tile=self.tile).compile()
-        self._kernel = self._target.load(compiled, threads=self._plan.threads, shared_bytes=self._plan.shared_bytes)
+        self._kernel = self._target.load(
+            compiled,
+            threads=self._plan.threads,
+            shared_bytes=self._plan.shared_bytes,
+            weights=_weight_boxes(spec, self.tile, self._plan),
+        )
         self._router: Router | None = None
         self._processors = self._target.processors(self._kernel, spec.world_size)
         self._closed = False
@@ -235,7 +240,7 @@ class MoELayer:
     ) -> PackedCall:
         """Check the arguments of a call and pack them."""
         spec, device = self.spec, self._target.device
-        tokens = arrays.checked(x, "x", (None, spec.hidden_size), spec.dtype, device=device)
+        tokens = arrays.checked(x, "x", (None, spec.hidden_size), spec.dtype, device=device, alignment=16)
         count = tokens.shape[0]
         if count > spec.max_tokens:
             raise SpecError(f"x has {count} tokens. Must be at most max_tokens={spec.max_tokens}.")
@@ -247,7 +252,7 @@ class MoELayer:
         if device == "cpu":
             self._check_ids(ids.numpy()[:limit])
         result = arrays.empty_like(x, tokens.shape, spec.dtype) if out is None else out
-        y = arrays.checked(result, "out", tokens.shape, spec.dtype, device=device)
+        y = arrays.checked(result, "out", tokens.shape, spec.dtype, device=device, alignment=16)
         if y.read_only:
             raise SpecError("out is read-only.")
         args = self._args.copy()
@@ -354,6 +359,17 @@ def _resolve_target(target: str | None, communicator: comm.Communicator | None, 
     if max_blocks is not None:
         raise SpecError("max_blocks= is not valid for target='host'.")
     return HostTarget()
+
+
+def _weight_boxes(spec: MoESpec, tile: TileConfig, plan: KernelPlan) -> tuple[WeightBox, ...]:
+    """The tensor maps of gate, up and down that the kernel takes, in this order; none when it loads without them."""
+    inner, outer = plan.tensor_boxes
+    if not inner:
+        return ()
+    hidden, middle, size = spec.hidden_size, spec.intermediate_size, spec.element.size
+    gate = "gate" if spec.mlp == "gated" else "up"  # a vanilla MLP has no gate: its kernel never loads through that map
+    first = tuple(WeightBox(name, middle, hidden, inner, tile.block_k, size) for name in (gate, "up"))
+    return (*first, WeightBox("down", hidden, middle, outer, tile.block_k, size))
 
 
 def _resolve_comm(spec: MoESpec, communicator: comm.Communicator | None) -> comm.Communicator:

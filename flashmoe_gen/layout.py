@@ -143,8 +143,11 @@ class WorkspaceLayout:
         rows = per_source * spec.world_size if local_experts else 0
         blocks = rows // tile.block_m + min(local_experts, rows)
         by_rank = combine == "rank"
-        # Enough M-blocks in flight to give every processor a GEMM1 tile while as many GEMM2 tiles run.
-        ring_slots = max(1, min(blocks, 2 * _ceil(processors, plan.gemm1_tiles) + tile.lag + 1))
+        # Processors hold two tickets each, the running and the next one: a GEMM2 that follows its GEMM1 by fewer tasks than
+        # that would wait for tiles that have only just been claimed.
+        in_flight = 2 * processors
+        lag = _ceil(in_flight, plan.gemm1_tiles + plan.gemm2_tiles) if tile.lag is None else tile.lag
+        ring_slots = max(1, min(blocks, lag + _ceil(in_flight, plan.gemm1_tiles) + 1))
         column_bits_at = COUNTER_WORDS
         gemm2_done_at = column_bits_at + blocks * plan.column_words
         routes_done_at = gemm2_done_at + blocks
@@ -167,6 +170,7 @@ class WorkspaceLayout:
             "gemm2_done_at": gemm2_done_at,
             "routes_done_at": routes_done_at,
             "ring_slots": ring_slots,
+            "lag": lag,
             "staged_stride": per_source,
         }
         return cls(_place(parts), sizes)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .arch import Arch, get_arch
 from .dtypes import get_dtype
 from .errors import SpecError, UnsupportedError
 from .spec import MAX_EXPERTS, MAX_WORLD_SIZE, MoESpec
+
+Program = Literal["mma", "wgmma"]
 
 CHUNK_TOKENS = 16  # tokens of one dispatch task: a signal's meaning, so the same for every kernel of a heap
 PLANNER_TOKENS = 32  # fewest tokens worth a planner of their own
@@ -32,7 +34,9 @@ class TileConfig:
             Other dtypes have one way and take ``None``.
         combine: ``"route"`` returns one row per route, ``"rank"`` lets each owner sum its routes of a token first,
             ``None`` picks by target and world size. A launch argument: it does not change the kernel.
-        lag: M-blocks between a GEMM1 and its GEMM2 in the task order.
+        lag: M-blocks between a GEMM1 and its GEMM2 in the task order, ``None``: as many as keep a GEMM2 from waiting for
+            tiles that have only just been claimed. A launch argument too.
+        program: block program: ``"wgmma"`` (sm_90a, 16-bit dtypes) or ``"mma"`` (any GPU); ``None`` takes wgmma where it runs.
 
     Raises:
         SpecError: a value is out of range.
@@ -46,7 +50,8 @@ class TileConfig:
     warps_n: int = 1
     math: Literal["tf32", "ffma"] | None = None
     combine: Literal["route", "rank"] | None = None
-    lag: int = 2
+    lag: int | None = None
+    program: Program | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -56,13 +61,16 @@ class TileConfig:
             ("stages", 1, 16),
             ("warps_m", 1, 8),
             ("warps_n", 1, 8),
-            ("lag", 0, 64),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise SpecError(f"{name}={value!r} is not valid. Must be an integer between {low} and {high}.")
+        if self.lag is not None and (isinstance(self.lag, bool) or not isinstance(self.lag, int) or not 0 <= self.lag <= 1024):
+            raise SpecError(f"lag={self.lag!r} is not valid. Must be None or an integer between 0 and 1024.")
         if self.math not in (None, "tf32", "ffma"):
             raise SpecError(f"math={self.math!r} is not valid. Must be 'tf32', 'ffma' or None.")
+        if self.program not in (None, "mma", "wgmma"):
+            raise SpecError(f"program={self.program!r} is not valid. Must be 'mma', 'wgmma' or None.")
         if self.combine not in (None, "route", "rank"):
             raise SpecError(f"combine={self.combine!r} is not valid. Must be 'route', 'rank' or None.")
         if self.block_n % 2:
@@ -73,22 +81,46 @@ class TileConfig:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
-def default_tile(spec: MoESpec, arch: str) -> TileConfig:
+def resolve_program(spec: MoESpec, program: Program | None, arch: Arch) -> Program | None:
+    """The block program of a kernel; ``None`` on the host, which has one.
+
+    Raises:
+        UnsupportedError: the program does not exist for this arch or dtype.
+    """
+    has_wgmma = arch.name == "sm_90a" and get_dtype(spec.dtype).size == 2
+    if arch.is_host and program is not None:
+        raise UnsupportedError(f"program={program!r} is not supported on 'host'. Supported: None.")
+    if program == "wgmma" and not has_wgmma:
+        raise UnsupportedError(
+            f"program='wgmma' is not supported for {spec.dtype} on {arch.name!r}. "
+            "Supported: bfloat16 and float16 on 'sm_90a'; elsewhere 'mma' or None."
+        )
+    if program is not None or arch.is_host:
+        return program
+    return "wgmma" if has_wgmma else "mma"
+
+
+def default_tile(spec: MoESpec, arch: str, program: Program | None = None) -> TileConfig:
     """The tile used when none is given: right on every arch of its kind, tuned on none.
 
     Raises:
-        UnsupportedError: unknown arch.
+        UnsupportedError: unknown arch, or no such program there.
     """
     target = get_arch(arch)
-    if target.is_host:
+    program = resolve_program(spec, program, target)
+    if program is None:
         return TileConfig(block_m=32, block_n=64)
+    if program == "wgmma":
+        return TileConfig(block_m=128, block_n=256, block_k=64, stages=4, warps_m=8, warps_n=1, program=program)
     # Two blocks of four MMA warps overlap each other's epilogues; where only one fits, it has eight.
     warps_n = 2 if target.shared_bytes > 160 * 1024 else 4
     if spec.dtype == "float64":
-        return TileConfig(block_m=64, block_n=64, block_k=16, stages=3, warps_m=2, warps_n=warps_n)
+        return TileConfig(block_m=64, block_n=64, block_k=16, stages=3, warps_m=2, warps_n=warps_n, program=program)
     if spec.dtype == "float32":
-        return TileConfig(block_m=64, block_n=128, block_k=32, stages=3, warps_m=2, warps_n=warps_n, math="tf32")
-    return TileConfig(block_m=64, block_n=128, block_k=64, stages=3, warps_m=2, warps_n=warps_n)
+        return TileConfig(
+            block_m=64, block_n=128, block_k=32, stages=3, warps_m=2, warps_n=warps_n, math="tf32", program=program
+        )
+    return TileConfig(block_m=64, block_n=128, block_k=64, stages=3, warps_m=2, warps_n=warps_n, program=program)
 
 
 def resolve_combine(spec: MoESpec, tile: TileConfig, arch: Arch) -> str:
@@ -118,6 +150,9 @@ class KernelPlan:
         work_bytes: shared memory of whoever works: the stages, a staged tile, or the planner's and the scheduler's scratch.
         shared_bytes: dynamic shared memory of a block.
         min_blocks: blocks of a multiprocessor that the registers are limited for.
+        tensor_boxes: rows of the boxes of the tensor maps of gate and up, and of down; 0 when the kernel takes no maps.
+            A box is ``block_k`` elements of that many rows of one expert.
+        loader_registers, consumer_registers: registers of a thread in the two roles of the wgmma program, else 0.
     """
 
     intermediate_columns: int
@@ -129,6 +164,9 @@ class KernelPlan:
     work_bytes: int
     shared_bytes: int
     min_blocks: int
+    tensor_boxes: tuple[int, int] = (0, 0)
+    loader_registers: int = 0
+    consumer_registers: int = 0
     chunk_tokens: int = CHUNK_TOKENS
     planner_tokens: int = PLANNER_TOKENS
     max_world_size: int = MAX_WORLD_SIZE
@@ -158,17 +196,20 @@ def plan_kernel(spec: MoESpec, tile: TileConfig, arch: str) -> KernelPlan:
     columns = tile.block_n // 2 if spec.mlp == "gated" and not target.is_host else tile.block_n
     gemm1_tiles = _ceil(spec.intermediate_size, columns)
     gemm2_tiles = _ceil(spec.hidden_size, tile.block_n)
-    mma = {} if target.is_host else _plan_mma(spec, tile, target)
+    program = resolve_program(spec, tile.program, target)
+    block: dict[str, Any] = dict.fromkeys(("threads", "stage_bytes", "work_bytes", "shared_bytes", "min_blocks"), 0)
+    if program is not None:
+        block = (_plan_wgmma if program == "wgmma" else _plan_mma)(spec, tile, target)
     return KernelPlan(
         intermediate_columns=columns,
         gemm1_tiles=gemm1_tiles,
         gemm2_tiles=gemm2_tiles,
         column_words=_ceil(gemm1_tiles, 32),
-        **{name: mma.get(name, 0) for name in ("threads", "stage_bytes", "work_bytes", "shared_bytes", "min_blocks")},
+        **block,
     )
 
 
-def _plan_mma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, int]:
+def _plan_mma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, Any]:
     size = get_dtype(spec.dtype).size
     row_bytes = tile.block_k * size
     if row_bytes not in (64, 128):
@@ -185,14 +226,9 @@ def _plan_mma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, int]:
     threads = WARP * (warps + 1)  # one warp fetches tasks
     stage_bytes = (tile.block_m + tile.block_n) * row_bytes
     staged_tile = tile.block_m * (tile.block_n + 8) * size  # rows are padded against bank conflicts
-    planner = 4 * (4 * MAX_EXPERTS + threads)  # PlannerScratch; the scheduler and subscriber need less
-    work_bytes = _ceil(max(tile.stages * stage_bytes, staged_tile, planner), 128) * 128
+    work_bytes = _ceil(max(tile.stages * stage_bytes, staged_tile, _planner_bytes(threads)), 128) * 128
     shared_bytes = work_bytes + 2 * (32 + 12 * tile.block_m) + 16  # struct BlockState: two task slots with their rows
-    if shared_bytes > arch.shared_bytes:
-        raise UnsupportedError(
-            f"stages={tile.stages} of {stage_bytes} bytes need {shared_bytes} bytes of shared memory; "
-            f"{arch.name} has {arch.shared_bytes} per block. Take fewer stages or a smaller tile."
-        )
+    _check_shared(tile, stage_bytes, shared_bytes, arch)
     return {
         "threads": threads,
         "stage_bytes": stage_bytes,
@@ -200,6 +236,58 @@ def _plan_mma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, int]:
         "shared_bytes": shared_bytes,
         "min_blocks": _min_blocks(threads // WARP, shared_bytes, arch),
     }
+
+
+def _plan_wgmma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, Any]:
+    size = get_dtype(spec.dtype).size
+    hint = "program='mma' takes other tiles."
+    if tile.block_m != 128 or (tile.warps_m, tile.warps_n) != (8, 1):
+        raise SpecError(
+            f"block_m={tile.block_m} with {tile.warps_m} x {tile.warps_n} warps is not valid for program='wgmma'. "
+            f"Must be 128 rows of 8 x 1 warps: two warpgroups with 64 rows each. {hint}"
+        )
+    gated = spec.mlp == "gated"
+    columns = 64 * (2 if gated else 1)  # the epilogue stores 64 columns of the intermediate at a time
+    if tile.block_n % columns or tile.block_n > 256:
+        raise SpecError(
+            f"block_n={tile.block_n} is not valid for program='wgmma' and a {spec.mlp} MLP. "
+            f"Must be a multiple of {columns} up to 256. {hint}"
+        )
+    if tile.block_k * size != 128:
+        raise SpecError(f"block_k={tile.block_k} is not valid for program='wgmma'. Must be 64: rows of 128 bytes. {hint}")
+    if tile.stages < 3:
+        raise SpecError(f"stages={tile.stages} is not valid for program='wgmma'. Must be at least 3.")
+    threads = 128 + tile.block_m // 64 * 128  # a warpgroup that loads, and one per 64 rows
+    stage_bytes = (tile.block_m + tile.block_n) * 128
+    patches = 8 * 16 * (64 + 8) * size  # of each consumer warp: 16 rows of 64 columns, padded against bank conflicts
+    work_bytes = _ceil(max(tile.stages * stage_bytes + patches, _planner_bytes(threads)), 128) * 128
+    slots = 2 * (32 + 20 * tile.block_m)
+    shared_bytes = work_bytes + slots + 8 * (1 + 2 * tile.stages + 4)  # struct BlockState: slots, broadcast word, barriers
+    _check_shared(tile, stage_bytes, shared_bytes, arch)
+    return {
+        "threads": threads,
+        "stage_bytes": stage_bytes,
+        "work_bytes": work_bytes,
+        "shared_bytes": shared_bytes,
+        "min_blocks": 1,
+        "tensor_boxes": (tile.block_n // 2 if gated else tile.block_n, tile.block_n),
+        # Together what three warpgroups get at the launch, 168 each; the sums of a consumer are block_n / 2.
+        "loader_registers": 88,
+        "consumer_registers": 208,
+    }
+
+
+def _planner_bytes(threads: int) -> int:
+    """struct PlannerScratch; the scheduler and the subscriber need less."""
+    return 4 * (4 * MAX_EXPERTS + threads)
+
+
+def _check_shared(tile: TileConfig, stage_bytes: int, shared_bytes: int, arch: Arch) -> None:
+    if shared_bytes > arch.shared_bytes:
+        raise UnsupportedError(
+            f"stages={tile.stages} of {stage_bytes} bytes need {shared_bytes} bytes of shared memory; "
+            f"{arch.name} has {arch.shared_bytes} per block. Take fewer stages or a smaller tile."
+        )
 
 
 def _min_blocks(warps: int, shared_bytes: int, arch: Arch) -> int:

@@ -17,7 +17,7 @@ from . import env
 from .arch import Arch, get_arch
 from .args import MOE_STRUCTS, ROUTER_STRUCTS
 from .errors import SpecError
-from .plan import KernelPlan, RouterPlan, TileConfig, default_tile, plan_kernel, plan_router
+from .plan import KernelPlan, RouterPlan, TileConfig, default_tile, plan_kernel, plan_router, resolve_program
 from .spec import MoESpec
 
 if TYPE_CHECKING:
@@ -130,6 +130,10 @@ PARTS: dict[tuple[str, str], list[str]] = {
         "common/args.cuh", "common/activation.cuh", *_PROTOCOL, "sm80/mma.cuh", "sm80/pipeline.cuh", "sm80/tasks.cuh",
         "sm80/moe_block.cuh",
     ],
+    ("moe", "sm90"): [
+        "sm80/ptx.cuh", "sm90/ptx.cuh", "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
+        "common/args.cuh", "common/activation.cuh", *_PROTOCOL, "sm90/pipeline.cuh", "sm90/tasks.cuh", "sm90/moe_block.cuh",
+    ],
     ("router", "host"): [
         "host/runtime.h", "host/platform.h", "router/constants.cuh", "host/element.h", "common/element.cuh", "common/args.cuh",
         "router/select.cuh", "host/gemm.h", "host/router_block.h",
@@ -188,10 +192,11 @@ def generate(spec: MoESpec, *, arch: str, kernel: KernelKind = "moe", tile: Tile
         plan = plan_router(arch)
     else:
         tile = tile or default_tile(spec, arch)
+        tile = tile.replace(program=resolve_program(spec, tile.program, target))
         plan = plan_kernel(spec, tile, arch)
-        tiles = {name: value for name, value in vars(tile).items() if name != "combine"}
+        tiles = {name: value for name, value in vars(tile).items() if name not in ("combine", "lag")}
     fields = {name: getattr(spec, name) for name in (_MOE_FIELDS if kernel == "moe" else _ROUTER_FIELDS)}
-    parts = PARTS[kernel, target.program]
+    parts = PARTS[kernel, "sm90" if tiles.get("program") == "wgmma" else target.program]
     # The symbol names the content, and the content holds the symbol: hash the parts instead of the finished text.
     sources = [(part, _template_text(part)) for part in parts]
     name = _symbol(kernel, spec, target, _digest(arch, fields, tiles, vars(plan), sources))

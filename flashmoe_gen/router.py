@@ -43,11 +43,12 @@ class Router:
         """Route ``x``; arguments, result and errors as :meth:`flashmoe_gen.MoELayer.route`."""
         spec, device = self.spec, self._target.device
         experts = spec.num_experts
-        tokens = arrays.checked(x, "x", (None, spec.hidden_size), spec.dtype, device=device)
+        tokens = arrays.checked(x, "x", (None, spec.hidden_size), spec.dtype, device=device, alignment=16)
         count = tokens.shape[0]
         if count > spec.max_tokens:
             raise SpecError(f"x has {count} tokens. Must be at most max_tokens={spec.max_tokens}.")
-        weight = arrays.checked(router_weight, "router_weight", (experts, spec.hidden_size), spec.dtype, device=device)
+        shape = (experts, spec.hidden_size)
+        weight = arrays.checked(router_weight, "router_weight", shape, spec.dtype, device=device, alignment=16)
         args = self._args.copy()
         for name, bias in (("logit_bias", logit_bias), ("selection_bias", selection_bias)):
             if bias is not None:

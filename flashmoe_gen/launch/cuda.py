@@ -242,7 +242,8 @@ def _encode_tensor_map(
     )
     if status != driver.CUresult.CUDA_SUCCESS:
         raise FlashMoEError(f"The tensor map of {box.name} cannot be encoded: {status.name} for {box}.")
-    return np.frombuffer(ctypes.string_at(encoded.getPtr(), 128), np.uint8).copy().view("V128")
+    map_bytes = np.frombuffer(ctypes.string_at(encoded.getPtr(), 128), np.uint8).copy()
+    return np.asarray(map_bytes.view("V128"))
 
 
 def _arch_of(capability: str) -> str:

@@ -18,7 +18,6 @@ constexpr int kIntermediateColumns = ${plan.intermediate_columns};  // columns o
 constexpr int kGemm1Tiles = ${plan.gemm1_tiles};                    // column tiles of GEMM1 in one M-block
 constexpr int kGemm2Tiles = ${plan.gemm2_tiles};                    // column tiles of GEMM2 in one M-block
 constexpr int kColumnWords = ${plan.column_words};                  // 32-bit words that hold a bit per GEMM1 tile
-constexpr int kLag = ${tile.lag};                                   // M-blocks between a GEMM1 and its GEMM2 in the task order
 constexpr int kChunkTokens = ${plan.chunk_tokens};                  // tokens of one dispatch task; fixed for every kernel of a heap
 constexpr int kPlannerTokens = ${plan.planner_tokens};              // fewest tokens worth a planner of their own
 constexpr int kMaxWorldSize = ${plan.max_world_size};

@@ -1,7 +1,7 @@
 // ---- Scheduler: appends work to the task queue as soon as nothing remote is missing for it -----------------------------
 // The queue is a list of entries {GEMM2 M-block, GEMM1 M-block}; each entry stands for kGemm2Tiles + kGemm1Tiles tasks, and a
 // ticket names one of them. An M-block is appended when all its rows are here and it holds a slot of the intermediate
-// ring; its GEMM2 follows kLag M-blocks later, or at once when processors wait for work. So a claimed task waits only for
+// ring; its GEMM2 follows `lag` M-blocks later, or at once when processors wait for work. So a claimed task waits only for
 // tasks with lower tickets, which run: no cycle. [claimed in ticket order; dispatch waits for nothing]
 
 struct SchedulerScratch {  // local_experts words each
@@ -89,14 +89,14 @@ DEVICE void append_ready(Group& group, const Call& call, const SchedulerScratch&
   const u32 taken = total < room ? total : room;
   if (ready && rank < taken) {
     const u32 issue = queue.issued + rank;
-    const int second = int(issue) - kLag;
+    const int second = int(issue) - args.lag;
     args.appended[m] = call.epoch;
     args.ready[issue] = block;
     args.entries[queue.entries + rank] = QueueEntry{second >= int(queue.second) ? second : -1, int(issue)};
   }
   queue.entries += taken;
   queue.issued += taken;
-  const int second = int(queue.issued) - kLag;
+  const int second = int(queue.issued) - args.lag;
   if (second > int(queue.second)) queue.second = u32(second);
 }
 

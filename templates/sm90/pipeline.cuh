@@ -73,37 +73,32 @@ DEVICE void load_weights(const Pipeline& pipeline, StageTurn& turn, Load load) {
 }
 
 // Rows anywhere in memory, by cp.async into the layout that TMA gives the weights: the 16-byte chunk of a row is permuted by
-// row % 8. A thread loads the same chunk of every eighth row of its warps' share; absent rows are zeros.
+// row % 8. A thread loads the same chunk of every kRowsPerPass-th row; absent rows are zeros.
 struct RowGather {
   static constexpr int kRowsPerPass = kGatherThreads / 8;
-  static constexpr int kPasses = kBlockM / kRowsPerPass;
-  static_assert(kRowsPerPass % 8 == 0 && kPasses <= 32, "all rows of a thread have one swizzle, and a bit of `present`");
-  const char* from[kPasses];
-  u32 present = 0;  // bit per pass
-  u32 thread;       // of kGatherThreads
+  static constexpr int kBatch = 8;  // rows located before the first copy: addresses in registers are few here
+  static_assert(kRowsPerPass % 8 == 0, "all rows of a thread have one swizzle");
+  static_assert(kBlockM % (kBatch * kRowsPerPass) == 0);
+  u32 thread;                  // of kGatherThreads
+  const Element* const* rows;  // of the M-block, in shared memory; null: absent
+  const void* anywhere;        // an address to name without reading it
 
-  DEVICE u32 byte() const { return thread % 8 * 16; }
-
-  // locate(row) is where a row starts, null when it is absent; `anywhere` is an address to name without reading it.
-  template <class Locate>
-  DEVICE RowGather(u32 thread, const Element* anywhere, Locate locate) : thread(thread) {
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const Element* start = locate(int(thread / 8) + pass * kRowsPerPass);
-      present |= u32(start != nullptr) << pass;
-      from[pass] = reinterpret_cast<const char*>(start != nullptr ? start : anywhere);
-    }
-  }
   template <int kDepth>
-  DEVICE void load(u32 rows, int step) const {
-    const u32 row = thread / 8;
-    const u32 to = rows + row * kRowBytes + (byte() ^ row % 8 * 16);
-    const u32 at = u32(step) * kRowBytes + byte();
+  DEVICE void load(u32 stage, int step) const {
+    const u32 first = thread / 8, byte = thread % 8 * 16;
+    const u32 to = stage + first * kRowBytes + (byte ^ first % 8 * 16);
+    const u32 at = u32(step) * kRowBytes + byte;
     const bool inside = at < kDepth * sizeof(Element);
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const bool wanted = inside && (present >> pass & 1) != 0;
-      cp_async_16(to + pass * kRowsPerPass * kRowBytes, from[pass] + (wanted ? at : 0), wanted ? 16 : 0);
+    for (int start = 0; start < kBlockM; start += kBatch * kRowsPerPass) {
+      const char* from[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        from[i] = reinterpret_cast<const char*>(inside ? rows[first + start + i * kRowsPerPass] : nullptr);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        cp_async_16(to + (start + i * kRowsPerPass) * kRowBytes, from[i] != nullptr ? from[i] + at : anywhere,
+                    from[i] != nullptr ? 16 : 0);
     }
   }
 };
@@ -144,7 +139,7 @@ struct Sums {
   float value[kBlockN / 2];
 };
 
-// Matrix Descriptor: 128-byte swizzle, 1024 bytes from 8 rows to the next 8; the leading dimension is one line, its offset unused.
+// Matrix Descriptor: 128-byte swizzle, 1024 bytes from 8 rows to the next 8. The leading offset is not used: k fits a line.
 DEVICE u64 descriptor(u32 tile) { return u64(1) << 62 | u64(1024 >> 4) << 32 | u64(1) << 16 | tile >> 4; }
 
 DEVICE u32 consumer() { return threadIdx.x / 128 - 1; }  // warpgroup 0 loads
@@ -169,15 +164,16 @@ template <int kDepth>
 DEVICE void multiply_tile(Sums& sums, const Pipeline& pipeline, StageTurn& turn) {
   const u32 my_rows = consumer() * 64 * kRowBytes;
   StageTurn before = turn;
+#pragma unroll
+  for (float& value : sums.value) value = 0.0f;  // from a first product that ignores its sums ptxas makes a second copy of them
 #pragma unroll 1
   for (int step = 0; step < kSteps<kDepth>; ++step) {
     pipeline.wait_full(turn);
-    const u64 rows = descriptor(pipeline.rows(turn) + my_rows);
-    const u64 weights = descriptor(pipeline.weights(turn));
+    const u32 rows = pipeline.rows(turn) + my_rows, weights = pipeline.weights(turn);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kBlockK / 16; ++k)  // 16 elements are 32 bytes, 2 in a descriptor: the swizzle goes by the address
-      wgmma_m64n${tile.block_n}k16(sums.value, rows + 2 * k, weights + 2 * k, (step | k) != 0);
+    for (int k = 0; k < kRowBytes; k += 32)  // 16 elements of k; the swizzle goes by the address, so a step is just added
+      wgmma_m64n${tile.block_n}k16(sums.value, descriptor(rows + k), descriptor(weights + k));
     wgmma_commit_group();
     wgmma_wait_group<1>();  // the step before has read its stage
     if (step > 0) release_stage(pipeline, before);

@@ -44,18 +44,17 @@ DEVICE void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned
 template <int kPending>
 DEVICE void wgmma_wait_group() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory"); }
 
-// d = a . b (+ d): 64 rows of a, ${tile.block_n} rows of b, 16 elements of k, both operands in shared memory with k contiguous.
+// d += a . b: 64 rows of a, ${tile.block_n} rows of b, 16 elements of k, both operands in shared memory with k contiguous.
 //% set registers = tile.block_n // 2
 //% set type = "bf16" if spec.dtype == "bfloat16" else "f16"
-DEVICE void wgmma_m64n${tile.block_n}k16(float (&d)[${registers}], u64 a, u64 b, bool accumulate) {
+DEVICE void wgmma_m64n${tile.block_n}k16(float (&d)[${registers}], u64 a, u64 b) {
   asm volatile(
-      "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %${registers + 2}, 0;\n\t"
       "wgmma.mma_async.sync.aligned.m64n${tile.block_n}k16.f32.${type}.${type} {"
 //% for first in range(0, registers, 16)
       "/*% for i in range(first, first + 16) %*/%${i}${"" if i == registers - 1 else ", "}/*% endfor %*/"
 //% endfor
-      "}, %${registers}, %${registers + 1}, p, 1, 1, 0, 0;\n\t}"
+      "}, %${registers}, %${registers + 1}, 1, 1, 1, 0, 0;"
       : /*% for i in range(registers) %*/"+f"(d[${i}])${"" if i == registers - 1 else ", "}/*% endfor %*/
 
-      : "l"(a), "l"(b), "r"(u32(accumulate)));
+      : "l"(a), "l"(b));
 }

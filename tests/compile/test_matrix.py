@@ -52,6 +52,11 @@ def _matrix() -> Iterator[Case]:
                 tile = default_tile(spec, arch)
                 label = "-".join([arch, math or dtype, mlp])
                 yield Case(label, spec, arch, tile=tile.replace(math=math) if math else tile)
+        if arch == "sm_90a":  # the program of the other archs must run on Hopper too
+            for dtype in ("bfloat16", "float16"):
+                for mlp in ("gated", "vanilla"):
+                    spec = BASE.replace(dtype=dtype, mlp=mlp)
+                    yield Case(f"{arch}-{dtype}-{mlp}-mma", spec, arch, tile=default_tile(spec, arch, "mma"))
         for dtype in ("bfloat16", "float16", "float32", "float64"):
             yield Case(f"{arch}-router-{dtype}", BASE.replace(dtype=dtype), arch, kernel="router")
 
@@ -69,9 +74,16 @@ def _corners() -> Iterator[Case]:
             hidden_size=2056, intermediate_size=776, dtype=dtype, activation=activation, bias=True, weight_on="input"
         )
         yield Case(f"{dtype}-{activation}", odd, arch)
-    yield Case("one row of warps", BASE, arch, tile=TileConfig(16, 64, 64, 4, 1, 4))
-    yield Case("rows of 64 bytes", BASE, arch, tile=TileConfig(64, 128, 32, 4, 2, 4))
-    yield Case("three blocks", BASE, arch, tile=TileConfig(64, 64, 64, 3, 2, 2))
+        if dtype in ("bfloat16", "float16"):
+            yield Case(f"{dtype}-{activation}-mma", odd, arch, tile=default_tile(odd, arch, "mma"))
+    vanilla = BASE.replace(mlp="vanilla", activation="gelu", bias=True, weight_on="input")
+    yield Case("vanilla gelu", vanilla, arch)
+    yield Case("one wgmma step", BASE.replace(hidden_size=8, intermediate_size=8), arch)
+    yield Case("narrow wgmma", BASE, arch, tile=TileConfig(128, 128, 64, 6, 8, 1))
+    yield Case("vanilla wgmma of 192", vanilla, arch, tile=TileConfig(128, 192, 64, 5, 8, 1))
+    yield Case("one row of warps", BASE, arch, tile=TileConfig(16, 64, 64, 4, 1, 4, program="mma"))
+    yield Case("rows of 64 bytes", BASE, arch, tile=TileConfig(64, 128, 32, 4, 2, 4, program="mma"))
+    yield Case("three blocks", BASE, arch, tile=TileConfig(64, 64, 64, 3, 2, 2, program="mma"))
 
 
 Futures = dict[str, "Future[tuple[CompiledKernel, float]]"]
@@ -113,6 +125,9 @@ def test_compiles(label: str, compiled: Futures) -> None:
     if case.kernel == "moe":
         plan = plan_kernel(case.spec, case.tile or default_tile(case.spec, case.arch), case.arch)
         assert kernel.shared_bytes == 0, "all shared memory is dynamic: the plan counts it"
+        if plan.tensor_boxes != (0, 0):  # setmaxnreg shares out what the launch took
+            assert kernel.registers == ARCHS[case.arch].registers // plan.threads // 8 * 8
+            assert "C75" not in kernel.log, "ptxas put the wgmma instructions in series, or ignored setmaxnreg"
         warps_of_partition = -(-plan.min_blocks * plan.threads // 128)
         assert kernel.registers <= min(255, ARCHS[case.arch].registers // 128 // warps_of_partition)
 
@@ -143,11 +158,16 @@ def test_default_tiles_fill_a_multiprocessor(dtype: str, math: str | None, arch:
 @pytest.mark.parametrize(
     "tile",
     [
-        TileConfig(64, 128, 48, 3, 2, 2),  # a row of 96 bytes
-        TileConfig(64, 128, 64, 1, 2, 2),  # no second stage
-        TileConfig(40, 128, 64, 3, 2, 2),
-        TileConfig(64, 72, 64, 3, 2, 2),
-        TileConfig(64, 128, 64, 3, 2, 1),  # two warps
+        TileConfig(64, 128, 48, 3, 2, 2, program="mma"),  # a row of 96 bytes
+        TileConfig(64, 128, 64, 1, 2, 2, program="mma"),  # no second stage
+        TileConfig(40, 128, 64, 3, 2, 2, program="mma"),
+        TileConfig(64, 72, 64, 3, 2, 2, program="mma"),
+        TileConfig(64, 128, 64, 3, 2, 1, program="mma"),  # two warps
+        TileConfig(64, 256, 64, 4, 4, 1),  # one consumer warpgroup
+        TileConfig(128, 256, 64, 4, 4, 2),
+        TileConfig(128, 64, 64, 4, 8, 1),  # 32 columns of gate and up
+        TileConfig(128, 256, 32, 4, 8, 1),  # rows of 64 bytes
+        TileConfig(128, 256, 64, 2, 8, 1),
     ],
 )
 def test_refuses_impossible_tiles(tile: TileConfig) -> None:
@@ -155,8 +175,23 @@ def test_refuses_impossible_tiles(tile: TileConfig) -> None:
         plan_kernel(BASE, tile, "sm_90a")
 
 
+@pytest.mark.parametrize("arch,dtype", [("sm_90a", "float32"), ("sm_100", "bfloat16"), ("host", "bfloat16")])
+def test_wgmma_is_for_hopper_and_16_bits(arch: str, dtype: str) -> None:
+    spec = BASE.replace(dtype=dtype)
+    with pytest.raises(UnsupportedError, match="program='wgmma'"):
+        plan_kernel(spec, default_tile(spec, arch).replace(program="wgmma"), arch)
+    assert plan_kernel(spec, default_tile(spec, arch), arch).tensor_boxes == (0, 0)
+
+
+def test_the_program_of_a_tile_is_resolved_before_the_text() -> None:
+    tile = default_tile(BASE, "sm_90a")
+    assert tile.program == "wgmma"
+    texts = {generate(BASE, arch="sm_90a", tile=tile.replace(program=program)).text for program in ("wgmma", None)}
+    assert len(texts) == 1
+
+
 def test_refuses_tiles_over_the_shared_memory() -> None:
-    tile = TileConfig(128, 128, 64, 4, 2, 4)
+    tile = TileConfig(128, 128, 64, 4, 2, 4, program="mma")
     assert plan_kernel(BASE, tile, "sm_90a").shared_bytes > 99 * 1024
     with pytest.raises(UnsupportedError, match="shared memory"):
         plan_kernel(BASE, tile, "sm_120")

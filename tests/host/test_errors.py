@@ -66,6 +66,10 @@ BAD = {
     "shape of x": ({"x": np.zeros((6, 15), np.float32)}, "x has shape (6, 15). Must be (any, 16)."),
     "rank of x": ({"x": np.zeros(16, np.float32)}, "x has shape (16,)"),
     "stride of x": ({"x": np.zeros((6, 32), np.float32)[:, ::2]}, "x has strides (32, 2) (in elements). Must be contiguous"),
+    "alignment of x": (
+        {"x": np.zeros(97, np.float32)[1:].reshape(6, 16)},
+        "x does not start at a multiple of 16 bytes. Pass a copy.",
+    ),
     "too many tokens": (good(41), "x has 41 tokens. Must be at most max_tokens=40."),
     "list for x": ({"x": [[1.0]]}, "x is a list. Must be a NumPy, CuPy or torch array, or an object with __dlpack__"),
     "GPU array": ({"x": OnGpu()}, "x is on 'cuda:0', but this layer runs on 'cpu'."),

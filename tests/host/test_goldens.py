@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from world import relative_error
+from world import prebuild, relative_error
 
 import flashmoe_gen as fmg
 
@@ -15,12 +15,22 @@ GOLDENS = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
 WEIGHTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 
 
+def golden_spec(path: Path) -> fmg.MoESpec:
+    with np.load(path) as file:
+        return fmg.MoESpec.from_hf_config(json.loads(str(file["config"])), max_tokens=64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    specs = [golden_spec(path) for path in GOLDENS]
+    prebuild([(spec, kernel, None) for spec in specs for kernel in ("moe", "router")])
+
+
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
 def test_layer_agrees_with_transformers(path: Path) -> None:
     with np.load(path) as file:
-        golden = dict(file)
-    config = json.loads(str(golden.pop("config")))
-    spec = fmg.MoESpec.from_hf_config(config, max_tokens=64)
+        golden = {name: array for name, array in file.items() if name != "config"}
+    spec = golden_spec(path)
     assert spec.dtype == "float64"
     exact = {name: array.astype(np.float64) for name, array in golden.items()}
     biases = {name: golden[name].astype(np.float32) for name in ("logit_bias", "selection_bias") if name in golden}
@@ -34,10 +44,10 @@ def test_layer_agrees_with_transformers(path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["concat", "interleaved"])
 def test_joined_gate_and_up(layout: str) -> None:
-    with np.load(next(path for path in GOLDENS if path.stem == "gpt_oss")) as file:
+    path = next(path for path in GOLDENS if path.stem == "gpt_oss")
+    with np.load(path) as file:
         golden = {name: array for name, array in file.items() if name != "config"}
-        config = json.loads(str(file["config"]))
-    spec = fmg.MoESpec.from_hf_config(config, max_tokens=64)
+    spec = golden_spec(path)
     exact = {name: array.astype(np.float64) for name, array in golden.items()}
 
     def join(gate: np.ndarray, up: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from world import BOUNDS, Problem, World, bits, relative_error, routes
+from world import BOUNDS, Problem, World, bits, prebuild, relative_error, routes
 
 import flashmoe_gen as fmg
 from flashmoe_gen.dtypes import get_dtype
@@ -45,6 +45,11 @@ KERNELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 TILE = fmg.TileConfig(block_m=8, block_n=24, lag=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    prebuild([(problem(name, KERNELS[name]["top_k"]).spec, "moe", TILE) for name in KERNELS])
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +108,13 @@ def on_ranks(world_size: int, work: Any) -> list[Any]:
     if errors:
         raise errors[0]
     return results
+
+
+def prebuild(kernels: list[tuple[fmg.MoESpec, str, fmg.TileConfig | None]]) -> None:
+    """Compile (spec, kernel, tile) two at a time, so that the tests find them in the cache."""
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(lambda k: fmg.generate(k[0], arch="host", kernel=k[1], tile=k[2]).compile(), kernels):
+            pass
 
 
 class World:

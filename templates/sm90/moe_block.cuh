@@ -1,0 +1,156 @@
+// ---- Block program: the last block of the grid runs the OS, all others process ----------------------------------------
+// A processor is one warpgroup that fetches tasks and loads, and two that multiply. The loading warps have one job each: fetch
+// (claim a ticket, wait for its entry, look up its rows), TMA, gather. They wait for each other and for the consumers
+// through mbarriers alone, so each is as far ahead as its input allows.
+constexpr int kThreads = ${plan.threads};
+static_assert(kThreads == 128 + kConsumerThreads);
+
+// The multiprocessor's registers, given to who needs them: the sums of a consumer are kBlockN / 2 of its registers.
+constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+constexpr int kLoaderRegisters = ${plan.loader_registers};
+constexpr int kConsumerRegisters = ${plan.consumer_registers};
+static_assert(kLoaderRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters);
+
+// Dynamic shared memory: kWorkBytes for whoever works (stages, patches, scratch), then this.
+constexpr u32 kSlots = 2;
+struct BlockState {
+  TaskSlot slot[kSlots];
+  u64 broadcast;
+  u64 stage_full[kStages], stage_empty[kStages];  // mbarriers
+  u64 slot_full[kSlots], slot_empty[kSlots];
+};
+static_assert(kWorkBytes % 128 == 0 && kWorkBytes + sizeof(BlockState) <= kSharedBytes);
+
+constexpr u32 kLoaderBarrier = 2;
+constexpr u32 kSlotUsers = 1 + kGatherWarps + kConsumerWarps;  // warps that read a task: TMA, gather, consumers
+
+DEVICE void init_barriers(BlockState& state, const Pipeline& pipeline) {
+  pipeline.init();
+  for (u32 side = 0; side < kSlots; ++side) {
+    mbarrier_init(shared_address(&state.slot_full[side]), 1);
+    mbarrier_init(shared_address(&state.slot_empty[side]), kSlotUsers);
+  }
+  fence_mbarrier_init();
+}
+
+DEVICE void fetch_tasks(const Call& call, BlockState& state) {
+  WarpGroup warp;
+  Turn<kSlots> turn;
+  while (true) {
+    TaskSlot& slot = state.slot[turn.index];
+    wait_barrier(shared_address(&state.slot_empty[turn.index]), turn.phase ^ 1);
+    if (warp.lane == 0) {
+      slot.task = wait_ready(call, claim(call));
+      slot.spoiled = 0;
+      if (aborted(call)) slot.task.kind = TaskKind::closed;
+    }
+    warp.sync();  // the lanes below read what the scheduler published after lane 0 acquired it
+    const Task task = slot.task;
+    for (int r = warp.lane; r < kBlockM; r += warp.size) {
+      slot.from[r] = nullptr;
+      if (r >= int(task.block.rows)) continue;
+      const Row row = find_row(call, task.block.expert_slot, task.block.first_row + r);
+      Element* const between = intermediate_row(call, task.issue, r);
+      slot.from[r] = task.kind == TaskKind::gemm1 ? input_row(call, row) : between;
+      slot.to[r] = task.kind == TaskKind::gemm1 ? between : output_row(call, row);
+      slot.weight[r] = row.entry.weight;
+    }
+    warp.sync();
+    if (warp.lane == 0) mbarrier_arrive(shared_address(&state.slot_full[turn.index]));
+    if (task.kind == TaskKind::closed) return;
+    turn.advance();
+  }
+}
+
+// Every warp but the fetcher: run(slot) for each task, in ticket order, until there are no more.
+template <class Run>
+DEVICE void each_task(BlockState& state, Run run) {
+  Turn<kSlots> turn;
+  while (true) {
+    TaskSlot& slot = state.slot[turn.index];
+    wait_barrier(shared_address(&state.slot_full[turn.index]), turn.phase);
+    const TaskKind kind = slot.task.kind;
+    if (kind == TaskKind::closed) return;
+    if (kind != TaskKind::none) run(slot);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state.slot_empty[turn.index]));
+    turn.advance();
+  }
+}
+
+DEVICE void load_tasks(const Call& call, const WeightMaps& maps, BlockState& state, const Pipeline& pipeline) {
+  const u32 warp = threadIdx.x / 32;
+  StageTurn turn;
+  if (warp == 0) {
+    fetch_tasks(call, state);
+  } else if (warp == 1) {
+    each_task(state, [&](const TaskSlot& slot) {
+      if (threadIdx.x % 32 == 0) load_task_weights(maps, slot.task, pipeline, turn);
+    });
+  } else {
+    each_task(state, [&](TaskSlot& slot) { gather_task_rows(call, slot, threadIdx.x - 64, pipeline, turn); });
+  }
+}
+
+DEVICE void consume_tasks(const Call& call, BlockState& state, char* work, const Pipeline& pipeline) {
+  StageTurn turn;
+  each_task(state, [&](const TaskSlot& slot) {
+    if (slot.task.kind == TaskKind::gemm1) consume_gemm1(call, slot, work, pipeline, turn);
+    else consume_gemm2(call, slot, work, pipeline, turn);
+  });
+}
+
+DEVICE void process(BlockGroup& block, const Call& call, const WeightMaps& maps, char* work, BlockState& state) {
+  const int processors = int(gridDim.x) - 1;
+  const int planners = num_planners(call, processors);
+  if (int(blockIdx.x) < planners) {
+    const int experts = call.args.num_experts;
+    u32* const words = reinterpret_cast<u32*>(work);
+    const PlannerScratch scratch{words, words + experts, words + 2 * experts, words + 3 * experts, words + 4 * experts};
+    if (!plan_routes(block, call, int(blockIdx.x), planners, scratch)) return;
+  }
+  WarpGroup warp;
+  if (block.any(!dispatch(warp, call, planners))) return;  // every warp claims chunks for itself
+
+  const Pipeline pipeline{shared_address(work), shared_address(state.stage_full), shared_address(state.stage_empty)};
+  if (threadIdx.x == 0) init_barriers(state, pipeline);
+  fence_proxy_async_shared();  // the planner's scratch was written by ordinary stores, TMA writes over it
+  block.sync();
+  // Each part reads the call again rather than hold all of it in registers: the epoch stands until every block has left.
+  const auto again = [&] { return begin_call(call.args, blockIdx.x, gridDim.x, Role::processor); };
+  if (threadIdx.x < 128) {
+    setmaxnreg_dec<kLoaderRegisters>();
+    load_tasks(again(), maps, state, pipeline);
+    bar_sync(kLoaderBarrier, 128);
+    setmaxnreg_inc<kLaunchRegisters>();  // waits until the consumers have given theirs back
+  } else {
+    setmaxnreg_inc<kConsumerRegisters>();
+    consume_tasks(again(), state, work, pipeline);
+    sync_consumers();
+    setmaxnreg_dec<kLaunchRegisters>();
+  }
+  const Call end = again();
+  if (!aborted(end)) combine(warp, end);
+}
+
+DEVICE void run_system(const Call& call, char* work) {
+  WarpGroup warp;
+  u32* const words = reinterpret_cast<u32*>(work);
+  const int experts = call.args.local_experts;
+  if (call.role == Role::scheduler) schedule(warp, call, SchedulerScratch{words, words + experts, words + 2 * experts});
+  if (call.role == Role::subscriber) subscribe(warp, call, words + 3 * experts);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, ${plan.min_blocks})
+    ${name}(const __grid_constant__ MoEArgs args, const __grid_constant__ TensorMap gate_map,
+            const __grid_constant__ TensorMap up_map, const __grid_constant__ TensorMap down_map) {
+  extern __shared__ __align__(1024) char work[];
+  BlockState& state = *reinterpret_cast<BlockState*>(work + kWorkBytes);
+  BlockGroup block{&state.broadcast};
+  const bool system = blockIdx.x == gridDim.x - 1;
+  const Role role = !system || threadIdx.x >= 64 ? Role::processor : threadIdx.x < 32 ? Role::scheduler : Role::subscriber;
+  const Call call = begin_call(args, blockIdx.x, gridDim.x, role);
+  if (system) run_system(call, work);
+  else process(block, call, WeightMaps{&gate_map, &up_map, &down_map}, work, state);
+  leave(block, begin_call(args, blockIdx.x, gridDim.x, role), blockIdx.x, gridDim.x);
+}

@@ -1,0 +1,193 @@
+// ---- The two GEMM tasks, each as its loaders and its consumers see it ---------------------------------------------------
+constexpr int kWorkBytes = ${plan.work_bytes};  // of dynamic shared memory: the stages, then a patch per consumer warp
+constexpr int kSharedBytes = ${plan.shared_bytes};
+constexpr u32 kConsumerBarrier = 1;  // barrier 0 is __syncthreads()
+
+// A task and its M-block's rows, resolved by the fetch warp while the task before runs.
+struct TaskSlot {
+  Task task;
+  u32 spoiled;                   // an abort left rows that must not be published; set before the last stage is full
+  float weight[kBlockM];         // of the route
+  const Element* from[kBlockM];  // GEMM1: the input row, GEMM2: of the intermediate; null: no such row
+  Element* to[kBlockM];          // GEMM1: of the intermediate, GEMM2: where the result goes
+};
+
+struct WeightMaps {
+  const TensorMap* gate;
+  const TensorMap* up;
+  const TensorMap* down;
+};
+
+DEVICE void sync_consumers() { bar_sync(kConsumerBarrier, kConsumerThreads); }
+
+// ---- Loading weights ----
+DEVICE void load_task_weights(const WeightMaps& maps, const Task& task, const Pipeline& pipeline, StageTurn& turn) {
+  const int expert = int(task.block.expert_slot);
+  if (task.kind == TaskKind::gemm1) {
+    const int first = int(task.column) * kIntermediateColumns;
+    load_weights<kHidden>(pipeline, turn, [&](u32 to, u32 full, int k) {
+      // All gate rows, then all up rows: one thread gets gate and up of a column half a tile apart.
+      if constexpr (kGated) cp_async_bulk_tensor_3d(to, maps.gate, full, k, first, expert);
+      cp_async_bulk_tensor_3d(to + (kGated ? kWeightStageBytes / 2 : 0), maps.up, full, k, first, expert);
+    });
+  } else {
+    const int first = int(task.column) * kBlockN;
+    load_weights<kIntermediate>(pipeline, turn, [&](u32 to, u32 full, int k) {
+      cp_async_bulk_tensor_3d(to, maps.down, full, k, first, expert);
+    });
+  }
+}
+
+// ---- Loading rows ----
+// What a warp knows of the M-block's GEMM1 tiles: one poll tells it 32 of them.
+struct FinishedTiles {
+  const Call& call;
+  u32 issue;
+  u32 word = 0;
+  u32 bits = 0;
+  bool aborted = false;
+
+  // After an abort the loads go on with whatever is in memory: no barrier may be left half-arrived.
+  DEVICE void wait(u32 column) {
+    if (aborted || (word == column / 32 && (bits >> column % 32 & 1) != 0)) return;
+    u32 seen = 0;  // one lane acquires; pairs with publish_gemm1()
+    if (threadIdx.x % 32 == 0 && wait_gemm1(call, issue, column))
+      seen = load_acquire<Scope::device>(call.column_bits(issue) + column / 32);
+    word = column / 32;
+    bits = WarpGroup{}.broadcast(seen, 0);  // and orders the loads of all lanes after it
+    aborted = bits == 0;
+  }
+};
+
+DEVICE void gather_task_rows(const Call& call, TaskSlot& slot, u32 thread, const Pipeline& pipeline, StageTurn& turn) {
+  const RowGather gather{thread, slot.from, call.args.x};
+  if (slot.task.kind == TaskKind::gemm1) {
+    gather_rows<kHidden>(pipeline, turn, gather, [](int) {});
+  } else {
+    FinishedTiles finished{call, slot.task.issue};
+    gather_rows<kIntermediate>(pipeline, turn, gather, [&](int step) {
+      const int begin = step * kBlockK, end = begin + kBlockK < kIntermediate ? begin + kBlockK : kIntermediate;
+      for (int tile = begin / kIntermediateColumns; tile * kIntermediateColumns < end; ++tile) finished.wait(u32(tile));
+      if (finished.aborted) slot.spoiled = 1;
+    });
+  }
+}
+
+// ---- Epilogue: each warp turns its 16 rows, 64 columns at a time, into 16-byte vectors ----
+struct Patch {
+  static constexpr int kColumns = 64;
+  static constexpr int kStride = (kColumns + 8) * int(sizeof(Element));  // 8 rows written at once: different banks
+  static constexpr int kBytes = 16 * kStride;
+  char* bytes;
+
+  DEVICE void put(int row, int column, Pair pair) const {
+    *reinterpret_cast<Pair*>(bytes + row * kStride + column * int(sizeof(Element))) = pair;
+  }
+  // Columns [first, first + kColumns) of the leading `rows` rows, as far as a row of kWidth reaches.
+  template <int kWidth>
+  DEVICE void store(int rows, int first, Element* const* to) const {
+    constexpr int kVectors = kColumns / kVector;
+    const int lane = int(threadIdx.x % 32);
+    const int column = lane % kVectors * kVector;
+#pragma unroll
+    for (int row = lane / kVectors; row < 16; row += 32 / kVectors) {
+      if (row >= rows || first + column >= kWidth) continue;
+      const uint4 part = *reinterpret_cast<const uint4*>(bytes + row * kStride + column * int(sizeof(Element)));
+      *reinterpret_cast<uint4*>(to[row] + first + column) = part;
+    }
+  }
+};
+static_assert(kStages * kStageBytes + kConsumerWarps * Patch::kBytes <= kWorkBytes);
+static_assert(kBlockN % Patch::kColumns == 0 && kIntermediateColumns % Patch::kColumns == 0);
+
+DEVICE int first_row() { return (int(threadIdx.x) / 32 - 4) * 16; }  // of this warp in the M-block
+DEVICE Patch my_patch(char* work) { return {work + kStages * kStageBytes + (threadIdx.x / 32 - 4) * Patch::kBytes}; }
+
+// pair(column, index, half) makes two neighbours of row lane / 4 + 8 half from the sums at `index` on; `column` is in the tile.
+template <int kColumns, int kWidth, class MakePair>
+DEVICE void store_tile(const Patch& patch, const TaskSlot& slot, int first, MakePair make_pair) {
+  const int rows = int(slot.task.block.rows) - first_row();
+  const int lane = int(threadIdx.x % 32);
+#pragma unroll
+  for (int piece = 0; piece < kColumns; piece += Patch::kColumns) {
+#pragma unroll
+    for (int column = 0; column < Patch::kColumns; column += 8) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        patch.put(lane / 4 + half * 8, column + lane % 4 * 2,
+                  make_pair(piece + column + lane % 4 * 2, (piece + column) / 2 + half * 2, half));
+    }
+    __syncwarp();
+    patch.store<kWidth>(rows, first + piece, slot.to + first_row());
+    __syncwarp();
+  }
+}
+
+DEVICE Acc bias_at(const Element* bias, long long expert_stride, long long stride, u32 expert, int column, int width) {
+  if constexpr (!kBias) return Acc(0);
+  return column < width ? to_acc(bias[expert * expert_stride + column * stride]) : Acc(0);
+}
+
+// ---- GEMM1: columns [column * kIntermediateColumns, ...) of the intermediate ----
+DEVICE void gemm1_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums& sums, const Patch& patch) {
+  const u32 expert = slot.task.block.expert_slot;
+  const int first = int(slot.task.column) * kIntermediateColumns;
+  const int lane = int(threadIdx.x % 32);
+  const float weight[2] = {slot.weight[first_row() + lane / 4], slot.weight[first_row() + lane / 4 + 8]};
+  const auto element = [&](int column, int index, int half) {
+    const int c = first + column;
+    Acc gate_bias = Acc(0);
+    if constexpr (kGated)
+      gate_bias = bias_at(args.gate_bias, args.gate_bias_expert_stride, args.gate_bias_stride, expert, c, kIntermediate);
+    const Acc up_bias = bias_at(args.up_bias, args.up_bias_expert_stride, args.up_bias_stride, expert, c, kIntermediate);
+    const float up = sums.value[index + (kGated ? kBlockN / 4 : 0)];
+    return intermediate_element(sums.value[index], up, gate_bias, up_bias, kWeightOnInput ? weight[half] : Acc(1));
+  };
+  store_tile<kIntermediateColumns, kIntermediate>(
+      patch, slot, first, [&](int column, int index, int half) {
+        return pair_of(element(column, index, half), element(column + 1, index + 1, half));
+      });
+}
+
+DEVICE void consume_gemm1(const Call& call, const TaskSlot& slot, char* work, const Pipeline& pipeline, StageTurn& turn) {
+  if (int(slot.task.block.rows) > int(consumer()) * 64) {
+    Sums sums;
+    multiply_tile<kHidden>(sums, pipeline, turn);
+    gemm1_epilogue(call.args, slot, sums, my_patch(work));
+  } else {
+    pass_tile<kHidden>(pipeline, turn);
+  }
+  sync_consumers();  // everyone's stores are before the release in publish_gemm1()
+  if (threadIdx.x == 128) publish_gemm1(call, slot.task);
+}
+
+// ---- GEMM2: columns [column * kBlockN, ...) of the expert's result ----
+DEVICE void gemm2_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums& sums, const Patch& patch) {
+  const u32 expert = slot.task.block.expert_slot;
+  const int first = int(slot.task.column) * kBlockN;
+  const auto element = [&](int column, int index) {
+    const int c = first + column;
+    return sums.value[index] + bias_at(args.down_bias, args.down_bias_expert_stride, args.down_bias_stride, expert, c, kHidden);
+  };
+  store_tile<kBlockN, kHidden>(
+      patch, slot, first,
+      [&](int column, int index, int) { return pair_of(element(column, index), element(column + 1, index + 1)); });
+}
+
+DEVICE void consume_gemm2(const Call& call, const TaskSlot& slot, char* work, const Pipeline& pipeline, StageTurn& turn) {
+  const int rows = int(slot.task.block.rows);
+  if (rows > int(consumer()) * 64) {
+    Sums sums;
+    multiply_tile<kIntermediate>(sums, pipeline, turn);
+    if (slot.spoiled == 0) gemm2_epilogue(call.args, slot, sums, my_patch(work));
+  } else {
+    pass_tile<kIntermediate>(pipeline, turn);
+  }
+  if (slot.spoiled != 0) return;
+  sync_consumers();  // everyone's stores are before the release in publish_gemm2()
+  const bool finisher = threadIdx.x == 128 && publish_gemm2(call, slot.task);
+  if (!bar_red_or(kConsumerBarrier, kConsumerThreads, finisher)) return;
+  WarpGroup warp;  // all tiles of the M-block are before this barrier: each warp returns its share of the rows
+  const int share = int(threadIdx.x) / 32 - 4;
+  return_rows(warp, call, slot.task.block, rows * share / kConsumerWarps, rows * (share + 1) / kConsumerWarps);
+}
