@@ -72,13 +72,13 @@ READY_BLOCK = _struct(
     "ReadyBlock",
     ("expert_slot", "u32", "local expert"),
     ("first_row", "u32", "among the expert's rows of all sources"),
-    ("rows", "u32", "at most kBlockM"),
-    ("unused", "u32", "pads to 16 bytes"),
+    ("rows", "u32", "of the M-block, or of a whole group of them"),
+    ("unit", "u32", "number of the (first) M-block in the order of the queue"),
 )
 QUEUE_ENTRY = _struct(
     "QueueEntry",
-    ("gemm2", "int", "M-block whose GEMM2 this entry hands out, or -1"),
-    ("gemm1", "int", "M-block whose GEMM1 this entry hands out, or -1"),
+    ("gemm2", "int", "group whose GEMM2 this entry hands out, or -1"),
+    ("gemm1", "int", "group whose GEMM1 this entry hands out, or -1"),
 )
 CONTROL = _struct(
     "Control",
@@ -115,7 +115,7 @@ AWAITS = (
     "the planners of its rank (phase {detail})",
     "the counts of rank {detail}",
     "token rows of rank {detail}",
-    "task-queue entry {detail}",
+    "task {detail} of the queue",
     "GEMM1 tile {detail}",
     "an expert row from rank {detail}",
 )
@@ -163,9 +163,9 @@ MOE_ARGS = _struct(
     ("planner_counts", "u32*", "workspace from here on: [planner][E]"),
     ("route_target", "int*", "[tokens, k] owner << 8 | return slot, -1: not live"),
     ("segments", "Segment*", "[source][E_local]"),
-    ("ready", "ReadyBlock*", "[M-blocks] in the order they entered the queue"),
-    ("entries", "QueueEntry*", "[2 * M-blocks]"),
-    ("appended", "u32*", "[M-blocks] epoch of the call that appended it"),
+    ("ready", "ReadyBlock*", "[groups] in the order they entered the queue"),
+    ("entries", "QueueEntry*", "[2 * groups]"),
+    ("appended", "u32*", "[groups, by expert] epoch of the call that appended it"),
     ("ring", "Element*", "[ring_slots, kBlockM, I] intermediate"),
     ("staged_rows", "Element*", "[source][staged_stride][H], combine by rank only"),
     ("counter_sets", "u32*", "two sets of set_words"),

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .args import CONTROL, LIST_ENTRY, QUEUE_ENTRY, READY_BLOCK, SEGMENT, STATE
-from .plan import CHUNK_TOKENS, KernelPlan, TileConfig
+from .plan import CHUNK_TOKENS, MAX_GROUP, KernelPlan, TileConfig
 from .spec import MAX_EXPERTS, MAX_WORLD_SIZE, MoESpec
 
 _ALIGN = 256
@@ -141,13 +141,14 @@ class WorkspaceLayout:
         routes = spec.max_tokens * spec.top_k
         per_source = routes if spec.capacity is None else min(routes, spec.capacity * local_experts)
         rows = per_source * spec.world_size if local_experts else 0
-        blocks = rows // tile.block_m + min(local_experts, rows)
+        # A group takes as many M-blocks as a full one, so an expert's last group may count for MAX_GROUP of them.
+        blocks = rows // tile.block_m + MAX_GROUP * min(local_experts, rows)
         by_rank = combine == "rank"
         # Processors hold two tickets each, the running and the next one: a GEMM2 that follows its GEMM1 by fewer tasks than
         # that would wait for tiles that have only just been claimed.
         in_flight = 2 * processors
         lag = _ceil(in_flight, plan.gemm1_tiles + plan.gemm2_tiles) if tile.lag is None else tile.lag
-        ring_slots = max(1, min(blocks, lag + _ceil(in_flight, plan.gemm1_tiles) + 1))
+        ring_slots = max(1, min(blocks, max(lag + _ceil(in_flight, plan.gemm1_tiles) + 1, 3 * MAX_GROUP)))
         column_bits_at = COUNTER_WORDS
         gemm2_done_at = column_bits_at + blocks * plan.column_words
         routes_done_at = gemm2_done_at + blocks

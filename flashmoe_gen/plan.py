@@ -14,6 +14,7 @@ from .spec import MAX_EXPERTS, MAX_WORLD_SIZE, MoESpec
 Program = Literal["mma", "wgmma"]
 
 CHUNK_TOKENS = 16  # tokens of one dispatch task: a signal's meaning, so the same for every kernel of a heap
+MAX_GROUP = 8  # M-blocks of one expert whose tasks follow each other column by column, so that a weight tile is read once
 PLANNER_TOKENS = 32  # fewest tokens worth a planner of their own
 WARP = 32
 _ENOUGH_REGISTERS = 160  # of a thread: the accumulators of a warp's 32 x 64 and everything around them
@@ -169,6 +170,7 @@ class KernelPlan:
     consumer_registers: int = 0
     chunk_tokens: int = CHUNK_TOKENS
     planner_tokens: int = PLANNER_TOKENS
+    max_group: int = MAX_GROUP
     max_world_size: int = MAX_WORLD_SIZE
 
 

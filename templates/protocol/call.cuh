@@ -14,7 +14,7 @@ struct Counters {  // local to the rank; two sets, call n clears the set of call
   u32 entries;  // published task-queue entries; kClosed is set with the last
   u32 combine_ticket;
   u32 left;
-  u32 unused;
+  u32 group;  // M-blocks of a group; written before the first entry is published
   u32 arrived[kMaxWorldSize];  // per source: leading dispatch chunks that are here, kAllChunks when all are
 };
 constexpr u32 kClosed = 0x80000000u;

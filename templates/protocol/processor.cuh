@@ -3,7 +3,7 @@ enum class TaskKind : u32 { none, gemm1, gemm2, closed };
 
 struct Task {
   TaskKind kind;
-  u32 issue;  // which M-block, in the order they entered the queue
+  u32 issue;  // which M-block, in the order of the queue
   u32 column; // tile
   ReadyBlock block;
 };
@@ -12,27 +12,36 @@ DEVICE u32 claim(const Call& call) { return fetch_add_relaxed(&call.counters().t
 
 // The task of a ticket, once the scheduler has published its entry; TaskKind::closed when there is no such task any more.
 DEVICE Task wait_ready(const Call& call, u32 ticket) {
-  constexpr u32 kTasks = kGemm1Tiles + kGemm2Tiles;
-  const u32 index = ticket / kTasks;
   Task task{TaskKind::closed, 0, 0, {}};
+  u32 group = 1, index = 0;
   bool exists = false;
   const bool waited = wait_until(
-      call, Await::task, index, u64(index) + 1,
-      [&] { return u64(load_acquire<Scope::device>(&call.counters().entries)); },
-      [&](u64 entries) {
-        exists = (u32(entries) & ~kClosed) > index;
-        return exists || (u32(entries) & kClosed) != 0;
+      call, Await::task, ticket, u64(ticket), [&] { return u64(load_acquire<Scope::device>(&call.counters().entries)); },
+      [&](u64 published) {
+        const u32 entries = u32(published) & ~kClosed;
+        if (entries != 0) {  // then the size of the groups is there too
+          group = call.counters().group;
+          index = ticket / (group * u32(kGemm1Tiles + kGemm2Tiles));
+          exists = entries > index;
+        }
+        return exists || (u32(published) & kClosed) != 0;
       });
   if (!waited || !exists) return task;
   const QueueEntry entry = call.args.entries[index];
-  const u32 part = ticket % kTasks;
-  const bool second = part < u32(kGemm2Tiles);
+  const u32 part = ticket % (group * u32(kGemm1Tiles + kGemm2Tiles));
+  const u32 column = part / group, member = part % group;  // the group's M-blocks follow each other: one weight tile
+  const bool second = column < u32(kGemm2Tiles);
   const int issue = second ? entry.gemm2 : entry.gemm1;
-  task.kind = issue < 0 ? TaskKind::none : second ? TaskKind::gemm2 : TaskKind::gemm1;
+  task.kind = TaskKind::none;
   if (issue < 0) return task;
-  task.issue = u32(issue);
-  task.column = second ? part : part - kGemm2Tiles;
-  task.block = call.args.ready[issue];
+  const ReadyBlock whole = call.args.ready[issue];
+  const u32 start = member * kBlockM;
+  if (start >= whole.rows) return task;
+  const u32 rest = whole.rows - start;
+  task.kind = second ? TaskKind::gemm2 : TaskKind::gemm1;
+  task.issue = whole.unit + member;
+  task.column = second ? column : column - kGemm2Tiles;
+  task.block = ReadyBlock{whole.expert_slot, whole.first_row + start, rest < u32(kBlockM) ? rest : u32(kBlockM), task.issue};
   return task;
 }
 
