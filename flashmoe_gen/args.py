@@ -187,7 +187,7 @@ MOE_ARGS = _struct(
     ("return_slots", "int", "rows that can come back per token"),
     ("ring_slots", "int", "M-blocks of intermediate that fit the ring"),
     ("lag", "int", "M-blocks between a GEMM1 and its GEMM2 in the task order"),
-    ("unused", "int", ""),
+    ("max_group", "int", "most M-blocks of a group"),
 )
 
 ROUTER_ARGS = _struct(

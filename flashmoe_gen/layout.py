@@ -141,14 +141,17 @@ class WorkspaceLayout:
         routes = spec.max_tokens * spec.top_k
         per_source = routes if spec.capacity is None else min(routes, spec.capacity * local_experts)
         rows = per_source * spec.world_size if local_experts else 0
-        # A group takes as many M-blocks as a full one, so an expert's last group may count for MAX_GROUP of them.
-        blocks = rows // tile.block_m + MAX_GROUP * min(local_experts, rows)
+        # Neighbouring M-blocks run at the same time, and share weight tiles in L2, unless one alone occupies most processors.
+        max_group = MAX_GROUP if processors < 4 * plan.gemm1_tiles else 1
+        # A group takes as many M-blocks as a full one, so an expert's last group may count for max_group of them.
+        blocks = rows // tile.block_m + max_group * min(local_experts, rows)
         by_rank = combine == "rank"
         # Processors hold two tickets each, the running and the next one: a GEMM2 that follows its GEMM1 by fewer tasks than
         # that would wait for tiles that have only just been claimed.
         in_flight = 2 * processors
         lag = _ceil(in_flight, plan.gemm1_tiles + plan.gemm2_tiles) if tile.lag is None else tile.lag
-        ring_slots = max(1, min(blocks, max(lag + _ceil(in_flight, plan.gemm1_tiles) + 1, 3 * MAX_GROUP)))
+        ring_slots = max(1, min(blocks, max(lag + _ceil(in_flight, plan.gemm1_tiles) + 1, 3 * max_group)))
+        max_group = max(1, min(max_group, ring_slots // 2))
         column_bits_at = COUNTER_WORDS
         gemm2_done_at = column_bits_at + blocks * plan.column_words
         routes_done_at = gemm2_done_at + blocks
@@ -172,6 +175,7 @@ class WorkspaceLayout:
             "routes_done_at": routes_done_at,
             "ring_slots": ring_slots,
             "lag": lag,
+            "max_group": max_group,
             "staged_stride": per_source,
         }
         return cls(_place(parts), sizes)

@@ -170,7 +170,6 @@ class KernelPlan:
     consumer_registers: int = 0
     chunk_tokens: int = CHUNK_TOKENS
     planner_tokens: int = PLANNER_TOKENS
-    max_group: int = MAX_GROUP
     max_world_size: int = MAX_WORLD_SIZE
 
 

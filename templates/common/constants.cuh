@@ -20,5 +20,4 @@ constexpr int kGemm2Tiles = ${plan.gemm2_tiles};                    // column ti
 constexpr int kColumnWords = ${plan.column_words};                  // 32-bit words that hold a bit per GEMM1 tile
 constexpr int kChunkTokens = ${plan.chunk_tokens};                  // tokens of one dispatch task; fixed for every kernel of a heap
 constexpr int kPlannerTokens = ${plan.planner_tokens};              // fewest tokens worth a planner of their own
-constexpr u32 kMaxGroup = ${plan.max_group};                             // M-blocks of one expert that share their weight tiles in time
 constexpr int kMaxWorldSize = ${plan.max_world_size};

@@ -87,11 +87,9 @@ struct Queue {
 };
 
 // How many M-blocks share their weight tiles: as many as an active expert has on average.
-DEVICE u32 group_size(u32 blocks, u32 active, u32 ring_slots) {
-  const u32 most = ring_slots / 2 < kMaxGroup ? ring_slots / 2 : kMaxGroup;
+DEVICE u32 group_size(u32 blocks, u32 active, u32 most) {
   const u32 share = active == 0 ? 1 : blocks / active;
-  const u32 wanted = share < most ? share : most;
-  return wanted < 1 ? 1 : wanted;
+  return share < 1 ? 1 : share < most ? share : most;
 }
 
 // Append the ready ones of groups [base, base + group.size).
@@ -145,7 +143,7 @@ DEVICE void schedule(Group& group, const Call& call, const SchedulerScratch& scr
   const u32 blocks = in_parts_of(kBlockM);
 
   Queue queue;
-  queue.group = group_size(blocks, active, u32(args.ring_slots));
+  queue.group = group_size(blocks, active, u32(args.max_group));
   queue.lag = (u32(args.lag) + queue.group - 1) / queue.group;
   queue.groups = in_parts_of(queue.group * kBlockM);  // leaves first_group as group_at() reads it
   if (group.lane == 0) call.counters().group = queue.group;  // published with the first entries

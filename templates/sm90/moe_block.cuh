@@ -142,8 +142,9 @@ DEVICE void run_system(const Call& call, char* work) {
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, ${plan.min_blocks})
-    ${name}(const __grid_constant__ MoEArgs args, const __grid_constant__ TensorMap gate_map,
-            const __grid_constant__ TensorMap up_map, const __grid_constant__ TensorMap down_map) {
+    ${name}(
+        const __grid_constant__ MoEArgs args, const __grid_constant__ TensorMap gate_map,
+        const __grid_constant__ TensorMap up_map, const __grid_constant__ TensorMap down_map) {
   extern __shared__ __align__(1024) char work[];
   BlockState& state = *reinterpret_cast<BlockState*>(work + kWorkBytes);
   BlockGroup block{&state.broadcast};

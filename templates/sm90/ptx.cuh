@@ -50,11 +50,13 @@ DEVICE void wgmma_wait_group() { asm volatile("wgmma.wait_group.sync.aligned %0;
 DEVICE void wgmma_m64n${tile.block_n}k16(float (&d)[${registers}], u64 a, u64 b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n${tile.block_n}k16.f32.${type}.${type} {"
-//% for first in range(0, registers, 16)
-      "/*% for i in range(first, first + 16) %*/%${i}${"" if i == registers - 1 else ", "}/*% endfor %*/"
+//% for i in range(0, registers, 8)
+      "%${i}, %${i + 1}, %${i + 2}, %${i + 3}, %${i + 4}, %${i + 5}, %${i + 6}, %${i + 7}${"" if i + 8 == registers else ", "}"
 //% endfor
       "}, %${registers}, %${registers + 1}, 1, 1, 1, 0, 0;"
-      : /*% for i in range(registers) %*/"+f"(d[${i}])${"" if i == registers - 1 else ", "}/*% endfor %*/
-
+      :
+//% for i in range(0, registers, 4)
+        "+f"(d[${i}]), "+f"(d[${i + 1}]), "+f"(d[${i + 2}]), "+f"(d[${i + 3}])${"" if i + 4 == registers else ","}
+//% endfor
       : "l"(a), "l"(b));
 }

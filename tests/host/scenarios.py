@@ -58,6 +58,7 @@ class Scenario:
             if ring_slots is not None:
                 for layer in world.layers:
                     layer._args["ring_slots"] = min(ring_slots, int(layer._args["ring_slots"][0]))
+                    layer._args["max_group"] = 1
         self.calls = [
             [self._call(rank, n, count, seed) for n, count in enumerate(per_rank)] for rank, per_rank in enumerate(counts)
         ]
