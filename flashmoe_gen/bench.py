@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ class Ceilings:
 
     Attributes:
         device: its name.
+        driver: version of the kernel module, and of the CUDA it supports.
         matmul_tflops: fp16 8192 x 8192 x 8192 through the vendor's library, in 1e12 FLOP/s.
         read_gbs: reading 4 GiB once, in 1e9 bytes/s.
     """
@@ -71,6 +73,30 @@ class Timing:
     staged_bytes: int
 
 
+@dataclass(frozen=True)
+class RouterTiming:
+    """One measured cell of the router; fields as in :class:`Timing`."""
+
+    model: str
+    tokens: int
+    us: float
+    best_us: float
+    worst_us: float
+
+
+# The models of the comparison with other implementations: preset and changes. DeepSeek-V3 is one rank's shard.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-30b-a3b": ("qwen3-30b-a3b", {}),
+    "deepseek-v2-lite": ("deepseek-v2-lite", {}),
+    "llama4-scout": ("llama4-scout", {}),
+    "mixtral-8x7b": ("mixtral-8x7b", {}),
+    "gpt-oss-20b": ("gpt-oss-20b", {}),
+    "deepseek-v3-shard": ("deepseek-v3", {"num_experts": 32}),
+}
+TOKENS = (1, 32, 128, 512, 2048, 8192)
+_ROUTER_CALLS = 10
+
+
 def _median_us(graphs: Sequence[Any], stream: Any, samples: int, calls: int) -> list[float]:
     """Microseconds per call of each sample, sorted; a graph holds ``calls`` calls."""
     import cupy
@@ -95,6 +121,18 @@ def _captured(stream: Any, work: Callable[[], Any]) -> Any:
         stream.begin_capture()
         work()
         return stream.end_capture()
+
+
+def _driver_version() -> str:
+    import cupy
+
+    cuda = cupy.cuda.runtime.driverGetVersion()
+    try:
+        module = Path("/proc/driver/nvidia/version").read_text().split("Kernel Module")[1].split()
+        kernel = next(word for word in module if word[0].isdigit())
+    except (OSError, IndexError, StopIteration):
+        kernel = "unknown"
+    return f"{kernel} (CUDA {cuda // 1000}.{cuda % 1000 // 10})"
 
 
 def measure_ceilings() -> Ceilings:
@@ -126,10 +164,10 @@ def measure_ceilings() -> Ceilings:
     matmul_us = median_us(lambda: cupy.matmul(a, b, out=out))
     read_us = median_us(lambda: kernel((blocks,), (512,), (data, np.uint64(data.nbytes // 16), sink)))
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
-    version = cupy.cuda.runtime.driverGetVersion()
+    version = _driver_version()
     return Ceilings(
         device=properties["name"].decode(),
-        driver=f"CUDA {version // 1000}.{version % 1000 // 10}",
+        driver=version,
         matmul_tflops=2 * 8192**3 / matmul_us / 1e6,
         read_gbs=data.nbytes / read_us / 1e3,
     )
@@ -229,6 +267,37 @@ def bench_layer(
             )
 
 
-def report(ceilings: Ceilings, timings: Sequence[Timing], **context: str) -> dict[str, Any]:
-    """The results as one JSON-ready object; ``context`` names the commit and the command."""
-    return {**context, "ceilings": asdict(ceilings), "timings": [asdict(timing) for timing in timings]}
+def bench_router(name: str, spec: MoESpec, tokens: Sequence[int], *, samples: int = 24) -> Iterator[RouterTiming]:
+    """Time the router at several token counts: replays of a CUDA graph that holds ten calls.
+
+    Raises:
+        FlashMoEError: as :class:`MoELayer`.
+    """
+    import cupy
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    shape = (spec.num_experts, spec.hidden_size)
+    weight = (cupy.random.standard_normal(shape, dtype=cupy.float32) / spec.hidden_size**0.5).astype(spec.element.numpy)
+    with MoELayer(spec, target="cuda", stream=stream) as layer:
+        for count in tokens:
+            x, _, _ = _random_inputs(spec, count, 0)
+            cupy.cuda.runtime.deviceSynchronize()
+
+            def ten_calls(x: Any = x) -> None:
+                for _ in range(_ROUTER_CALLS):
+                    layer.route(x, weight)
+
+            times = _median_us([_captured(stream, ten_calls)], stream, samples, _ROUTER_CALLS)
+            yield RouterTiming(name, count, float(np.median(times)), times[0], times[-1])
+
+
+def report(
+    ceilings: Ceilings, layers: Sequence[Timing], routers: Sequence[RouterTiming], **context: Any
+) -> dict[str, Any]:
+    """The results as one JSON-ready object; ``context`` says how they came about."""
+    return {
+        **context,
+        "ceilings": asdict(ceilings),
+        "layer": [asdict(timing) for timing in layers],
+        "router": [asdict(timing) for timing in routers],
+    }

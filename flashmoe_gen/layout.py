@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .args import CONTROL, LIST_ENTRY, QUEUE_ENTRY, READY_BLOCK, SEGMENT, STATE
-from .plan import CHUNK_TOKENS, MAX_GROUP, KernelPlan, TileConfig
+from .plan import CHUNK_TOKENS, KernelPlan, TileConfig
 from .spec import MAX_EXPERTS, MAX_WORLD_SIZE, MoESpec
 
 _ALIGN = 256
+_L2_SHARE = 32 << 20  # bytes of one expert's weights that neighbouring M-blocks find in a GPU's L2: measured on H100
+_GROUP = 8
 COUNT_STRIDE = MAX_EXPERTS + 1  # a source's tokens, then rows per expert slot
 COUNTER_WORDS = 8 + MAX_WORLD_SIZE  # struct Counters
 
@@ -141,8 +143,9 @@ class WorkspaceLayout:
         routes = spec.max_tokens * spec.top_k
         per_source = routes if spec.capacity is None else min(routes, spec.capacity * local_experts)
         rows = per_source * spec.world_size if local_experts else 0
-        # Neighbouring M-blocks run at the same time, and share weight tiles in L2, unless one alone occupies most processors.
-        max_group = MAX_GROUP if processors < 4 * plan.gemm1_tiles else 1
+        matrices = 3 if spec.mlp == "gated" else 2
+        expert_bytes = matrices * spec.hidden_size * spec.intermediate_size * size
+        max_group = tile.group or (_GROUP if expert_bytes > _L2_SHARE else 1)
         # A group takes as many M-blocks as a full one, so an expert's last group may count for max_group of them.
         blocks = rows // tile.block_m + max_group * min(local_experts, rows)
         by_rank = combine == "rank"

@@ -14,7 +14,6 @@ from .spec import MAX_EXPERTS, MAX_WORLD_SIZE, MoESpec
 Program = Literal["mma", "wgmma"]
 
 CHUNK_TOKENS = 16  # tokens of one dispatch task: a signal's meaning, so the same for every kernel of a heap
-MAX_GROUP = 8  # M-blocks of one expert whose tasks follow each other column by column, so that a weight tile is read once
 PLANNER_TOKENS = 32  # fewest tokens worth a planner of their own
 WARP = 32
 _ENOUGH_REGISTERS = 160  # of a thread: the accumulators of a warp's 32 x 64 and everything around them
@@ -37,6 +36,8 @@ class TileConfig:
             ``None`` picks by target and world size. A launch argument: it does not change the kernel.
         lag: M-blocks between a GEMM1 and its GEMM2 in the task order, ``None``: as many as keep a GEMM2 from waiting for
             tiles that have only just been claimed. A launch argument too.
+        group: most M-blocks of one expert whose tasks follow each other column by column, so that a weight tile is read
+            from memory once; ``None``: several where an expert's weights do not fit L2. A launch argument too.
         program: block program: ``"wgmma"`` (sm_90a, 16-bit dtypes) or ``"mma"`` (any GPU); ``None`` takes wgmma where it runs.
 
     Raises:
@@ -52,6 +53,7 @@ class TileConfig:
     math: Literal["tf32", "ffma"] | None = None
     combine: Literal["route", "rank"] | None = None
     lag: int | None = None
+    group: int | None = None
     program: Program | None = None
 
     def __post_init__(self) -> None:
@@ -66,8 +68,10 @@ class TileConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise SpecError(f"{name}={value!r} is not valid. Must be an integer between {low} and {high}.")
-        if self.lag is not None and (isinstance(self.lag, bool) or not isinstance(self.lag, int) or not 0 <= self.lag <= 1024):
-            raise SpecError(f"lag={self.lag!r} is not valid. Must be None or an integer between 0 and 1024.")
+        for name, low, high in (("lag", 0, 1024), ("group", 1, 64)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high):
+                raise SpecError(f"{name}={value!r} is not valid. Must be None or an integer between {low} and {high}.")
         if self.math not in (None, "tf32", "ffma"):
             raise SpecError(f"math={self.math!r} is not valid. Must be 'tf32', 'ffma' or None.")
         if self.program not in (None, "mma", "wgmma"):

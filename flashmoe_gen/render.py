@@ -29,6 +29,7 @@ _ACRONYM = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "
 _MOE_FIELDS = (
     "hidden_size intermediate_size top_k dtype mlp activation bias swish_alpha swish_beta gate_limit up_offset weight_on"
 ).split()
+_LAUNCH_CHOICES = ("combine", "lag", "group")  # of a TileConfig
 _ROUTER_FIELDS = "hidden_size top_k dtype scoring renormalize group_score routed_scale".split()
 
 
@@ -194,7 +195,7 @@ def generate(spec: MoESpec, *, arch: str, kernel: KernelKind = "moe", tile: Tile
         tile = tile or default_tile(spec, arch)
         tile = tile.replace(program=resolve_program(spec, tile.program, target))
         plan = plan_kernel(spec, tile, arch)
-        tiles = {name: value for name, value in vars(tile).items() if name not in ("combine", "lag")}
+        tiles = {name: value for name, value in vars(tile).items() if name not in _LAUNCH_CHOICES}
     fields = {name: getattr(spec, name) for name in (_MOE_FIELDS if kernel == "moe" else _ROUTER_FIELDS)}
     parts = PARTS[kernel, "sm90" if tiles.get("program") == "wgmma" else target.program]
     # The symbol names the content, and the content holds the symbol: hash the parts instead of the finished text.

@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 
 from .. import __version__, env
 from ..errors import FlashMoEError, SpecError
-from . import cache, demo, generate, info
+from . import bench, cache, demo, generate, info
 from .console import complain, print_json
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command("generate")(generate.generate_command)
 app.command("compile")(generate.compile_command)
+app.command()(bench.bench)
 app.add_typer(cache.app, name="cache")
 app.command()(info.info)
 

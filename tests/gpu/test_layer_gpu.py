@@ -219,7 +219,7 @@ def test_a_rank_that_never_calls_meets_the_deadline(way: str, monkeypatch: pytes
     y = ranks.layers[0](x, ids, weights, device_experts(problem, ranks.placement.local_experts(0)), stream=ranks.streams[0])
     cupy.cuda.runtime.deviceSynchronize()
     assert np.isnan(cupy.asnumpy(y).astype(np.float32)).all()
-    with pytest.raises(fmg.KernelTimeoutError, match="the counts of rank 1"):
+    with pytest.raises(fmg.KernelTimeoutError, match="of rank 1"):
         ranks.layers[0].check()
     with pytest.raises(fmg.CommError, match="rank 0"):
         ranks.layers[1].check()

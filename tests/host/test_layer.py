@@ -80,6 +80,7 @@ def cases(draw: Any) -> dict[str, Any]:
         "combine": draw(st.sampled_from(["route", "rank"])),
         "capacity": draw(st.sampled_from([None, None, 1, 5])),
         "processors": draw(st.integers(1, 3)),
+        "group": draw(st.sampled_from([1, 2, 5])),
         "seed": draw(st.integers(0, 1000)),
     }
 
@@ -87,9 +88,8 @@ def cases(draw: Any) -> dict[str, Any]:
 def build(case: dict[str, Any]) -> tuple[World, Problem, list[Any]]:
     base = problem(case["kernel"], case["experts"])
     spec = base.spec.replace(max_tokens=90, world_size=case["world_size"], capacity=case["capacity"])
-    world = World(
-        spec, tile=TILE.replace(combine=case["combine"]), placement=case["placement"], processors=case["processors"]
-    )
+    tile = TILE.replace(combine=case["combine"], group=case["group"])
+    world = World(spec, tile=tile, placement=case["placement"], processors=case["processors"])
     inputs = [
         (base.tokens(count, case["seed"] + rank), *routes(spec, count, kind, case["seed"] + rank))
         for rank, (count, kind) in enumerate(zip(case["counts"], case["kinds"]))

@@ -46,7 +46,7 @@ def test_launch_arguments_do_not_change_the_text(arch: str, kernel: Any) -> None
     ):
         assert fmg.generate(spec(**change), arch=arch, kernel=kernel).text == text, change
     tile = fmg.default_tile(spec(), arch)
-    for choice in ({"combine": "route"}, {"combine": "rank"}, {"lag": 5}):
+    for choice in ({"combine": "route"}, {"combine": "rank"}, {"lag": 5}, {"group": 3}):
         assert fmg.generate(spec(), arch=arch, kernel=kernel, tile=tile.replace(**choice)).text == text
 
 

@@ -1,0 +1,94 @@
+"""``bench``: the layer and the router on this machine's GPU, beside the floor of its measured ceilings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import __version__
+from .. import bench as bench_room
+from ..errors import SpecError
+from ..launch.cuda import CudaTarget
+from ..plan import Program, TileConfig, default_tile
+from ..spec import MoESpec
+from . import console
+from .console import JsonFlag
+
+
+def bench(
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help=f"Repeatable; default: {', '.join(bench_room.MODELS)}.", show_default=False),
+    ] = None,
+    tokens: Annotated[
+        str, typer.Option("--tokens", "-t", help="Token counts, separated by commas.")
+    ] = ",".join(map(str, bench_room.TOKENS)),
+    program: Annotated[
+        str | None, typer.Option("--program", help="Block program: wgmma or mma; default: the GPU's best.")
+    ] = None,
+    router: Annotated[bool, typer.Option("--router/--no-router", help="Time the router too.")] = True,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.", show_default=False)
+    ] = None,
+    commit: Annotated[str, typer.Option("--commit", help="What the JSON names as the commit that ran.")] = "unknown",
+    json_: JsonFlag = False,
+) -> None:
+    """Time the layer: CUDA-graph replay, rotating random inputs, medians; needs a GPU."""
+    counts = _counts(tokens)
+    names = model or list(bench_room.MODELS)
+    specs = {name: _spec(name, max(counts)) for name in names}
+    arch = CudaTarget().arch
+    ceilings = bench_room.measure_ceilings()
+    console.note(
+        f"{ceilings.device}, driver {ceilings.driver}: matmul {ceilings.matmul_tflops:.0f} TFLOP/s, "
+        f"read {ceilings.read_gbs:.0f} GB/s"
+    )
+    layers, routers = [], []
+    for name, spec in specs.items():
+        for timing in bench_room.bench_layer(name, spec, counts, ceilings, tile=_tile(spec, arch, program)):
+            layers.append(timing)
+            console.note(f"{name}, {timing.tokens} tokens: {timing.us:.1f} us, {timing.percent_of_floor:.0f} % of the floor")
+        for routed in bench_room.bench_router(name, spec, counts) if router else ():
+            routers.append(routed)
+            console.note(f"{name}, router, {routed.tokens} tokens: {routed.us:.1f} us")
+    command = " ".join(["flashmoe-gen", *sys.argv[1:]])
+    result = bench_room.report(ceilings, layers, routers, version=__version__, commit=commit, command=command, program=program)
+    if output is not None:
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if json_:
+        console.print_json(result)
+        return
+    columns = ["model", "tokens", "us", "floor us", "% of floor", "TFLOP/s", "router us"]
+    by_cell = {(routed.model, routed.tokens): f"{routed.us:.1f}" for routed in routers}
+    rows: list[list[Any]] = [
+        [t.model, t.tokens, f"{t.us:.1f}", f"{t.floor_us:.1f}", f"{t.percent_of_floor:.0f}", f"{t.tflops:.0f}",
+         by_cell.get((t.model, t.tokens), "")]
+        for t in layers
+    ]  # fmt: skip
+    console.table("", columns, rows)
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise SpecError(f"--tokens {text!r} is not valid. Must be positive integers separated by commas.")
+    return counts
+
+
+def _spec(name: str, max_tokens: int) -> MoESpec:
+    preset, changes = bench_room.MODELS.get(name, (name, {}))
+    return MoESpec.preset(preset, max_tokens=max_tokens, **changes)
+
+
+def _tile(spec: MoESpec, arch: str, program: str | None) -> TileConfig:
+    if program not in (None, "mma", "wgmma"):
+        raise SpecError(f"--program {program!r} is not valid. Must be 'mma' or 'wgmma'.")
+    chosen: Program | None = program  # type: ignore[assignment]
+    return default_tile(spec, arch, chosen)
