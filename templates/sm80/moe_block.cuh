@@ -43,7 +43,9 @@ DEVICE void fetch_tasks(const Call& call, TaskSlot* slots) {
       slot.weight[r] = row.entry.weight;
     }
     hand_over_slot(kFullBarrier, side);
-    if (task.kind == TaskKind::closed) return;
+    if (task.kind != TaskKind::closed) continue;
+    if (turn != 0) wait_slot(kEmptyBarrier, side ^ 1);  // of the last task: no barrier is left half-arrived
+    return;
   }
 }
 

@@ -27,7 +27,7 @@ constexpr u32 kSlotUsers = 1 + kGatherWarps + kConsumerWarps;  // warps that rea
 DEVICE void init_barriers(BlockState& state, const Pipeline& pipeline) {
   pipeline.init();
   for (u32 side = 0; side < kSlots; ++side) {
-    mbarrier_init(shared_address(&state.slot_full[side]), 1);
+    mbarrier_init(shared_address(&state.slot_full[side]), 32);  // every lane of the fetch warp publishes its rows
     mbarrier_init(shared_address(&state.slot_empty[side]), kSlotUsers);
   }
   fence_mbarrier_init();
@@ -55,8 +55,7 @@ DEVICE void fetch_tasks(const Call& call, BlockState& state) {
       slot.to[r] = task.kind == TaskKind::gemm1 ? between : output_row(call, row);
       slot.weight[r] = row.entry.weight;
     }
-    warp.sync();
-    if (warp.lane == 0) mbarrier_arrive(shared_address(&state.slot_full[turn.index]));
+    mbarrier_arrive(shared_address(&state.slot_full[turn.index]));
     if (task.kind == TaskKind::closed) return;
     turn.advance();
   }
