@@ -128,12 +128,13 @@ PARTS: dict[tuple[str, str], list[str]] = {
     ],
     ("moe", "sm80"): [
         "sm80/ptx.cuh", "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
-        "common/args.cuh", "common/activation.cuh", *_PROTOCOL, "sm80/mma.cuh", "sm80/pipeline.cuh", "sm80/tasks.cuh",
-        "sm80/moe_block.cuh",
+        "common/args.cuh", "common/activation.cuh", *_PROTOCOL, "sm80/finished.cuh", "sm80/mma.cuh",
+        "sm80/pipeline.cuh", "sm80/tasks.cuh", "sm80/moe_block.cuh",
     ],
     ("moe", "sm90"): [
         "sm80/ptx.cuh", "sm90/ptx.cuh", "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
-        "common/args.cuh", "common/activation.cuh", *_PROTOCOL, "sm90/pipeline.cuh", "sm90/tasks.cuh", "sm90/moe_block.cuh",
+        "common/args.cuh", "common/activation.cuh", *_PROTOCOL, "sm80/finished.cuh", "sm90/pipeline.cuh",
+        "sm90/tasks.cuh", "sm90/moe_block.cuh",
     ],
     ("router", "host"): [
         "host/runtime.h", "host/platform.h", "router/constants.cuh", "host/element.h", "common/element.cuh", "common/args.cuh",

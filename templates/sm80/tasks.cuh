@@ -104,26 +104,6 @@ DEVICE void gemm1_tile(const Call& call, const TaskSlot& slot, char* work) {
 }
 
 // ---- GEMM2 ----
-// What a warp knows of the M-block's GEMM1 tiles: one poll tells it 32 of them.
-struct FinishedTiles {
-  const Call& call;
-  u32 issue;
-  u32 word = 0;
-  u32 bits = 0;
-  bool aborted = false;
-
-  // After an abort the loads go on with whatever is in memory: no barrier may be left half-arrived.
-  DEVICE void wait(u32 column) {
-    if (aborted || (word == column / 32 && (bits >> column % 32 & 1) != 0)) return;
-    u32 seen = 0;  // one lane acquires; pairs with publish_gemm1()
-    if (threadIdx.x % 32 == 0 && wait_gemm1(call, issue, column))
-      seen = load_acquire<Scope::device>(call.column_bits(issue) + column / 32);
-    word = column / 32;
-    bits = WarpGroup{}.broadcast(seen, 0);  // and orders the loads of all lanes after it
-    aborted = bits == 0;
-  }
-};
-
 DEVICE void gemm2_epilogue(const MoEArgs& args, const Task& task, const Sums& sums, const Staging<kBlockN>& staging) {
   const int lane = threadIdx.x % 32;
   const int first = int(task.column) * kBlockN;

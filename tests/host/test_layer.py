@@ -167,6 +167,17 @@ def test_real_widths(shape: tuple[int, int, int, int]) -> None:
     assert relative_error(y, fmg.reference.moe(spec, x, ids, weights, **experts)) <= BOUNDS["bfloat16"]
 
 
+@pytest.mark.parametrize("combine", ["route", "rank"])
+def test_eight_ranks(combine: str) -> None:
+    base = problem("fp32 relu", 11)
+    spec = base.spec.replace(max_tokens=70, world_size=8)
+    world = World(spec, tile=TILE.replace(combine=combine))
+    for n, counts in enumerate([[70, 0, 1, 33, 5, 0, 16, 17], [0] * 7 + [70], [1] * 8]):
+        inputs = [(base.tokens(count, rank), *routes(spec, count, "uniform", rank)) for rank, count in enumerate(counts)]
+        for y, (x, ids, weights) in zip(world.run(base, inputs), inputs):
+            assert relative_error(y, expected(spec, base, x, ids, weights)) <= BOUNDS["float32"], n
+
+
 def test_an_expert_named_twice_takes_two_rows() -> None:
     base = problem("fp32 relu", 7)
     spec = base.spec.replace(max_tokens=4, world_size=2)
