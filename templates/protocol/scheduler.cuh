@@ -148,7 +148,7 @@ DEVICE void schedule(Group& group, const Call& call, const SchedulerScratch& scr
   queue.groups = in_parts_of(queue.group * kBlockM);  // leaves first_group as group_at() reads it
   if (group.lane == 0) call.counters().group = queue.group;  // published with the first entries
 
-  u32 first = 0;  // every group before it is appended
+  u32 first = 0;  // every group before it is appended; the sweep starts here
   while (queue.second < queue.groups) {
     const u32 next = queue.retired + group.lane;
     const bool done = next < queue.units && load_acquire<Scope::device>(call.gemm2_done(next)) == u32(kGemm2Tiles);
@@ -158,8 +158,6 @@ DEVICE void schedule(Group& group, const Call& call, const SchedulerScratch& scr
       if (u32(args.ring_slots) - (queue.units - queue.retired) < queue.group) break;
       append_ready(group, call, scratch, queue, base);
     }
-    group.sync();
-    while (first < queue.groups && args.appended[first] == call.epoch) ++first;
     // Nothing new: hand out a held-back GEMM2 if all GEMM1 are out, or if a processor waits.
     const u32 asked = load_relaxed(&call.counters().task_ticket);
     const u32 offered = queue.entries * queue.group * u32(kGemm1Tiles + kGemm2Tiles);
@@ -171,6 +169,8 @@ DEVICE void schedule(Group& group, const Call& call, const SchedulerScratch& scr
     }
     if (queue.entries != before) publish_entries(group, call, queue, false);
     else backoff(0);
+    const u32 m = first + group.lane;  // lanes see each other's appends since publish_entries()
+    first += group.leading(m < queue.groups && args.appended[m] == call.epoch);
     if (group.any(aborted(call))) return;  // whoever waits for remote events (the subscriber) or for tasks has the deadline
   }
   publish_entries(group, call, queue, true);
