@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,13 +80,18 @@ def _packed_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))[: len(shape)] if shape else ()
 
 
+@functools.lru_cache
+def _name_of(dtype: np.dtype[Any]) -> str:
+    return str(dtype.name)  # NumPy makes it anew each time
+
+
 def _numpy_view(array: np.ndarray[Any, Any], name: str) -> View:
     size = array.dtype.itemsize
     if any(stride % size for stride in array.strides):
         raise SpecError(f"{name} is not valid: its strides {array.strides} are not multiples of its {size}-byte elements.")
     strides = tuple(stride // size for stride in array.strides)
     read_only = not array.flags.writeable
-    return View(array.ctypes.data, array.shape, strides, array.dtype.name, read_only, "cpu", array)
+    return View(array.ctypes.data, array.shape, strides, _name_of(array.dtype), read_only, "cpu", array)
 
 
 def _torch_view(tensor: Any, name: str) -> View:
@@ -98,7 +104,7 @@ def _torch_view(tensor: Any, name: str) -> View:
 def _cupy_view(array: Any, name: str) -> View:
     size = array.dtype.itemsize
     strides = tuple(stride // size for stride in array.strides)
-    return View(int(array.data.ptr), array.shape, strides, array.dtype.name, False, f"cuda:{array.device.id}", array)
+    return View(int(array.data.ptr), array.shape, strides, _name_of(array.dtype), False, f"cuda:{array.device.id}", array)
 
 
 def _require_device(name: str, found: str, device: str | None) -> None:
@@ -174,6 +180,8 @@ def checked(
     if found.pointer % alignment and 0 not in found.shape:
         raise SpecError(f"{name} does not start at a multiple of {alignment} bytes. Pass a copy.")
     packed = _packed_strides(found.shape)
+    if found.strides == packed:
+        return found
     matters = [i for i, size in enumerate(found.shape) if size > 1]
     if 0 in found.shape:
         return found

@@ -157,6 +157,8 @@ class MoELayer:
         self._generation = self.comm.generation
         self._reported = 0  # invalid ids
         self._args = self._constant_args()
+        self._prepared = self._args
+        self._prepared_for: tuple[Experts | None, int] = (None, 0)
 
     @property
     def local_experts(self) -> int:
@@ -255,14 +257,24 @@ class MoELayer:
         y = arrays.checked(result, "out", tokens.shape, spec.dtype, device=device, alignment=16)
         if y.read_only:
             raise SpecError("out is read-only.")
-        args = self._args.copy()
-        for name, value in experts.arguments(spec, self.local_experts, device).items():
-            args[name] = value
+        args = self._args_for(experts)
         for name, view in (("x", tokens), ("topk_ids", ids), ("topk_weights", weights), ("y", y)):
             args[name] = view.pointer
         args["tokens"] = limit
         args["num_tokens"] = counter
         return PackedCall(args, result, (tokens, ids, weights, y, experts))
+
+    def _args_for(self, experts: Experts) -> np.ndarray[Any, Any]:
+        """The arguments that stay the same while the weights and the heap do; made once, copied for each call."""
+        made_for = (experts, self.comm.generation)
+        if self._prepared_for != made_for:
+            args = self._args.copy()
+            fields = experts.arguments(self.spec, self.local_experts, self._target.device) | self.comm.heap.arguments()
+            for name, value in fields.items():
+                args[name] = value
+            args["peers"][0, : self.spec.world_size] = self.comm.heap_pointers()
+            self._prepared, self._prepared_for = args, made_for
+        return np.array(self._prepared)
 
     def stats(self) -> LayerStats:
         """Counts since the layer was made."""
@@ -333,19 +345,15 @@ class MoELayer:
         return args
 
     def _bind(self, packed: PackedCall, stream: Any) -> np.ndarray[Any, Any]:
-        """Fill in where the heap lies now; start from clean counters when its signals did."""
-        args = packed.args
+        """The arguments at the moment of the launch; starts from clean counters when the heap's signals did."""
         if self._generation != self.comm.generation:
             self._generation = self.comm.generation
             for region in self._layout.regions.values():
                 if region.persistent:
                     self._workspace.fill(region.offset, region.bytes, 0, stream)
             self._reported = 0
-        for name, value in self.comm.heap.arguments().items():
-            args[name] = value
-        args["peers"][0, : self.spec.world_size] = self.comm.heap_pointers()
-        args["timeout_ns"] = int(env.timeout_s() * 1e9)
-        return args
+        packed.args["timeout_ns"] = int(env.timeout_s() * 1e9)
+        return packed.args
 
 
 def _resolve_target(target: str | None, communicator: comm.Communicator | None, max_blocks: int | None) -> Target:
