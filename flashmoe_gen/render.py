@@ -16,7 +16,7 @@ import jinja2
 from . import env
 from .arch import Arch, get_arch
 from .args import MOE_STRUCTS, ROUTER_STRUCTS
-from .errors import SpecError
+from .errors import CacheError, SpecError
 from .plan import KernelPlan, RouterPlan, TileConfig, default_tile, plan_kernel, plan_router, resolve_program
 from .spec import MoESpec
 
@@ -75,8 +75,11 @@ class KernelSource:
         from .cache import Cache
 
         if folder := env.keep_source():
-            folder.mkdir(parents=True, exist_ok=True)
-            self.write(folder)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.write(folder)
+            except OSError as error:
+                raise CacheError(f"FLASHMOE_KEEP_SOURCE={folder} cannot be written: {error}.") from error
         return Cache().build(self.text, name=self.name, arch=self.arch, digest=self.digest, metadata=self.metadata)
 
 

@@ -178,6 +178,15 @@ def test_eight_ranks(combine: str) -> None:
             assert relative_error(y, expected(spec, base, x, ids, weights)) <= BOUNDS["float32"], n
 
 
+@pytest.mark.parametrize("combine", ["route", "rank"])
+def test_the_most_experts_and_routes(combine: str) -> None:
+    spec = fmg.MoESpec(16, 16, 1024, 32, dtype="float32", max_tokens=130, world_size=3)
+    base = Problem(spec)
+    inputs = [(base.tokens(n, rank), *routes(spec, n, "uniform", rank)) for rank, n in enumerate((130, 0, 5))]
+    for y, (x, ids, weights) in zip(World(spec, tile=TILE.replace(combine=combine)).run(base, inputs), inputs):
+        assert relative_error(y, expected(spec, base, x, ids, weights)) <= BOUNDS["float32"]
+
+
 def test_an_expert_named_twice_takes_two_rows() -> None:
     base = problem("fp32 relu", 7)
     spec = base.spec.replace(max_tokens=4, world_size=2)

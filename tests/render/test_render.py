@@ -131,6 +131,13 @@ def test_a_copy_of_every_source_can_be_kept(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "kept" / f"{source.name}.cpp").read_text() == source.text
 
 
+def test_a_folder_for_copies_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FLASHMOE_KEEP_SOURCE", str(tmp_path / "file"))
+    with pytest.raises(fmg.CacheError, match="FLASHMOE_KEEP_SOURCE=.*file cannot be written"):
+        fmg.generate(spec(), arch="host", kernel="router").compile()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
