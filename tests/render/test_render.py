@@ -134,7 +134,7 @@ def test_a_copy_of_every_source_can_be_kept(tmp_path: Path, monkeypatch: pytest.
 def test_a_folder_for_copies_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("FLASHMOE_KEEP_SOURCE", str(tmp_path / "file"))
-    with pytest.raises(fmg.CacheError, match="FLASHMOE_KEEP_SOURCE=.*file cannot be written"):
+    with pytest.raises(fmg.CacheError, match=r"FLASHMOE_KEEP_SOURCE=.*file cannot be written"):
         fmg.generate(spec(), arch="host", kernel="router").compile()
 
 
