@@ -11,6 +11,7 @@ from .errors import (
     UnsupportedError,
 )
 from .experts import Experts
+from .instrument import Instrument
 from .layer import LayerStats, MoELayer
 from .plan import TileConfig, default_tile
 from .presets import PRESETS
@@ -26,6 +27,7 @@ __all__ = [
     "CompileError",
     "Experts",
     "FlashMoEError",
+    "Instrument",
     "KernelSource",
     "KernelTimeoutError",
     "LayerStats",

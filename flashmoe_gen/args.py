@@ -72,13 +72,8 @@ READY_BLOCK = _struct(
     "ReadyBlock",
     ("expert_slot", "u32", "local expert"),
     ("first_row", "u32", "among the expert's rows of all sources"),
-    ("rows", "u32", "of the M-block, or of a whole group of them"),
+    ("rows", "u32", "of the M-block, or of a whole group of them; 0: there is none"),
     ("unit", "u32", "number of the (first) M-block in the order of the queue"),
-)
-QUEUE_ENTRY = _struct(
-    "QueueEntry",
-    ("gemm2", "int", "group whose GEMM2 this entry hands out, or -1"),
-    ("gemm1", "int", "group whose GEMM1 this entry hands out, or -1"),
 )
 CONTROL = _struct(
     "Control",
@@ -119,6 +114,39 @@ AWAITS = (
     "GEMM1 tile {detail}",
     "an expert row from rank {detail}",
 )
+
+TRACE_EVENT = _struct(
+    "TraceEvent",
+    ("work", "u32", "a Work"),
+    ("what", "u32", "M-block and tile, token, ...", 2),
+    ("unused", "u32", ""),
+    ("start", "u64", "ns"),
+    ("end", "u64", "ns"),
+)
+# The C++ enum Work, in order, and its name in a trace.
+WORKS = {
+    "kernel": "kernel",
+    "count_routes": "count routes",
+    "wait_planners": "wait for planners",
+    "write_lists": "write lists",
+    "wait_lists": "wait for lists",
+    "dispatch": "dispatch",
+    "gather_counts": "gather counts",
+    "append": "append",
+    "fetch": "wait for task",
+    "resolve": "look up rows",
+    "weights": "load weights",
+    "gather": "gather rows",
+    "wait_gemm1": "wait for GEMM1",
+    "gemm1": "GEMM1",
+    "gemm2": "GEMM2",
+    "fill": "wait for stage",
+    "epilogue": "epilogue",
+    "return_rows": "return rows",
+    "wait_returns": "wait for rows back",
+    "combine": "combine",
+    "leave": "leave",
+}
 
 MOE_ARGS = _struct(
     "MoEArgs",
@@ -164,13 +192,15 @@ MOE_ARGS = _struct(
     ("route_target", "int*", "[tokens, k] owner << 8 | return slot, -1: not live"),
     ("segments", "Segment*", "[source][E_local]"),
     ("ready", "ReadyBlock*", "[groups] in the order they entered the queue"),
-    ("entries", "QueueEntry*", "[2 * groups]"),
+    ("entries", "ReadyBlock*", "[2 * groups][2] the queue: whose GEMM1, and whose GEMM2, an entry hands out"),
     ("appended", "u32*", "[groups, by expert] epoch of the call that appended it"),
     ("ring", "Element*", "[ring_slots, kBlockM, I] intermediate"),
     ("staged_rows", "Element*", "[source][staged_stride][H], combine by rank only"),
     ("counter_sets", "u32*", "two sets of set_words"),
     ("state", "State*", ""),
     ("record", "AbortRecord*", "host-visible"),
+    ("trace", "TraceEvent*", "[party][track][trace_events]"),
+    ("trace_counts", "u32*", "[party][track] events so far"),
     ("timeout_ns", "i64", "deadline of every wait, 0: none"),
     ("set_words", "int", "words of one counter set"),
     ("column_bits_at", "int", "word offsets in a set"),
@@ -186,8 +216,10 @@ MOE_ARGS = _struct(
     ("combine_by_rank", "int", "1: owners sum their routes of a token before they send"),
     ("return_slots", "int", "rows that can come back per token"),
     ("ring_slots", "int", "M-blocks of intermediate that fit the ring"),
-    ("lag", "int", "M-blocks between a GEMM1 and its GEMM2 in the task order"),
+    ("lag", "int", "M-blocks whose GEMM1 come between a GEMM1 and its GEMM2 in the task order"),
     ("max_group", "int", "most M-blocks of a group"),
+    ("trace_events", "int", "room per track"),
+    ("delay_ns", "int", "longest random delay before something is published"),
 )
 
 ROUTER_ARGS = _struct(
@@ -207,5 +239,5 @@ ROUTER_ARGS = _struct(
     ("top_groups", "int", ""),
 )
 
-MOE_STRUCTS = (LIST_ENTRY, SEGMENT, READY_BLOCK, QUEUE_ENTRY, CONTROL, STATE, ABORT_RECORD, MOE_ARGS)
+MOE_STRUCTS = (LIST_ENTRY, SEGMENT, READY_BLOCK, CONTROL, STATE, ABORT_RECORD, TRACE_EVENT, MOE_ARGS)
 ROUTER_STRUCTS = (ROUTER_ARGS,)

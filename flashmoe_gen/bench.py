@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .experts import Experts
+from .launch.cuda import device_name, driver_version
 from .layer import MoELayer
 from .plan import TileConfig
 from .spec import MoESpec
@@ -123,18 +123,6 @@ def _captured(stream: Any, work: Callable[[], Any]) -> Any:
         return stream.end_capture()
 
 
-def _driver_version() -> str:
-    import cupy
-
-    cuda = cupy.cuda.runtime.driverGetVersion()
-    try:
-        module = Path("/proc/driver/nvidia/version").read_text().split("Kernel Module")[1].split()
-        kernel = next(word for word in module if word[0].isdigit())
-    except (OSError, IndexError, StopIteration):
-        kernel = "unknown"
-    return f"{kernel} (CUDA {cuda // 1000}.{cuda % 1000 // 10})"
-
-
 def measure_ceilings() -> Ceilings:
     """Measure the matmul and the read rate of the current GPU."""
     import cupy
@@ -163,11 +151,9 @@ def measure_ceilings() -> Ceilings:
 
     matmul_us = median_us(lambda: cupy.matmul(a, b, out=out))
     read_us = median_us(lambda: kernel((blocks,), (512,), (data, np.uint64(data.nbytes // 16), sink)))
-    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
-    version = _driver_version()
     return Ceilings(
-        device=properties["name"].decode(),
-        driver=version,
+        device=device_name(),
+        driver=driver_version(),
         matmul_tflops=2 * 8192**3 / matmul_us / 1e6,
         read_gbs=data.nbytes / read_us / 1e3,
     )

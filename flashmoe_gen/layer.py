@@ -10,9 +10,10 @@ import numpy as np
 
 from . import arrays, comm, env
 from .arch import get_arch
-from .args import MOE_ARGS, STATE
+from .args import MOE_ARGS, STATE, TRACE_EVENT
 from .errors import CommError, SpecError
 from .experts import Experts
+from .instrument import Instrument
 from .launch.cuda import CudaTarget, device_count
 from .launch.host import HostTarget
 from .launch.target import Target, WeightBox
@@ -25,6 +26,7 @@ from .spec import MoESpec, Placement
 logger = logging.getLogger("flashmoe_gen")
 
 _NO_CAPACITY = 2**31 - 1
+_TRACE = [("party", "i4"), ("track", "i4"), ("work", "u4"), ("what", "u4", (2,)), ("start", "u8"), ("end", "u8")]
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class MoELayer:
         stream: CUDA stream of the calls (``target="cuda"``); default: the current one of the array library at each call.
         max_blocks: the most blocks of a launch (``target="cuda"``); default: all that are resident at the same time, shared
             evenly by the ranks of this process.
+        instrument: tracing or random delays in the kernel, for looking into it; default none.
 
     Making a layer is collective: every rank makes the same layers in the same order, before the first call.
 
@@ -91,8 +94,10 @@ class MoELayer:
         placement: Placement | None = None,
         stream: Any = None,
         max_blocks: int | None = None,
+        instrument: Instrument | None = None,
     ) -> None:
         self.spec = spec
+        self._instrument = instrument or Instrument()
         self._target = _resolve_target(target, comm, max_blocks)
         self._stream = self._target.stream(stream, None) if stream is not None else None
         self.comm = _resolve_comm(spec, comm)
@@ -100,7 +105,7 @@ class MoELayer:
         self.tile = tile or default_tile(spec, arch)
         self._combine = resolve_combine(spec, self.tile, get_arch(arch))
         self._plan = plan_kernel(spec, self.tile, arch)
-        compiled = generate(spec, arch=arch, tile=self.tile).compile()
+        compiled = generate(spec, arch=arch, tile=self.tile, instrument=instrument).compile()
         self._kernel = self._target.load(
             compiled,
             threads=self._plan.threads,
@@ -152,6 +157,8 @@ class MoELayer:
             combine=self._combine,
             local_experts=self.local_experts,
             processors=self._processors,
+            tracks=self._workers * self._plan.tracks,
+            trace_events=self._instrument.trace_events,
         )
         self._workspace = self._target.allocate(self._layout.bytes)
         self._generation = self.comm.generation
@@ -291,6 +298,33 @@ class MoELayer:
             padding=blocks * self.tile.block_m - rows,
         )
 
+    def take_trace(self) -> np.ndarray[Any, Any]:
+        """What the calls since the last time did, after waiting for those in flight.
+
+        Returns:
+            A structured array, one event each: ``party`` (block on a GPU, thread on the host), ``track`` (warp), ``work``
+            (index into :data:`flashmoe_gen.args.WORKS`), ``what`` (M-block and tile, or token), ``start`` and ``end`` in ns.
+
+        Raises:
+            SpecError: the layer keeps no trace, or had no room for all events.
+        """
+        self._require_open()
+        room, tracks = self._instrument.trace_events, self._plan.tracks
+        if not room:
+            raise SpecError("The layer keeps no trace. Make it with instrument=Instrument(trace_events=...).")
+        kept, counted = (self._layout.regions[name] for name in ("trace", "trace_counts"))
+        counts = self._workspace.read(counted.offset, counted.bytes).view(np.uint32)
+        events = self._workspace.read(kept.offset, kept.bytes).view(TRACE_EVENT.dtype).reshape(len(counts), room)
+        self._workspace.fill(counted.offset, counted.bytes, 0)
+        if counts.max() > room:
+            raise SpecError(f"trace_events={room} is not valid. These calls need {counts.max()}.")
+        held = np.arange(room) < counts[:, None]
+        trace = np.empty(int(counts.sum()), _TRACE)
+        trace["party"], trace["track"] = np.divmod(np.nonzero(held)[0], tracks)
+        for name in ("work", "what", "start", "end"):
+            trace[name] = events[name][held]
+        return trace
+
     def check(self) -> None:
         """Wait for the calls in flight and raise what any of them left behind.
 
@@ -334,6 +368,7 @@ class MoELayer:
         args["expert_position"] = self._expert_position.pointer
         args["owner_first"] = self._owner_first.pointer
         args["record"] = self.comm.record.ctypes.data
+        args["delay_ns"] = self._instrument.delay_ns
         args["max_tokens"] = spec.max_tokens
         args["num_experts"] = spec.num_experts
         args["local_experts"] = self.local_experts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .args import CONTROL, LIST_ENTRY, QUEUE_ENTRY, READY_BLOCK, SEGMENT, STATE
+from .args import CONTROL, LIST_ENTRY, READY_BLOCK, SEGMENT, STATE, TRACE_EVENT
 from .plan import CHUNK_TOKENS, KernelPlan, TileConfig
 from .spec import MAX_EXPERTS, MAX_WORLD_SIZE, MoESpec
 
@@ -137,7 +137,16 @@ class WorkspaceLayout:
 
     @classmethod
     def of(
-        cls, spec: MoESpec, tile: TileConfig, plan: KernelPlan, *, combine: str, local_experts: int, processors: int
+        cls,
+        spec: MoESpec,
+        tile: TileConfig,
+        plan: KernelPlan,
+        *,
+        combine: str,
+        local_experts: int,
+        processors: int,
+        tracks: int = 0,
+        trace_events: int = 0,
     ) -> WorkspaceLayout:
         size = spec.element.size
         routes = spec.max_tokens * spec.top_k
@@ -150,10 +159,13 @@ class WorkspaceLayout:
         blocks = rows // tile.block_m + max_group * min(local_experts, rows)
         by_rank = combine == "rank"
         # Processors hold two tickets each, the running and the next one: a GEMM2 that follows its GEMM1 by fewer tasks than
-        # that would wait for tiles that have only just been claimed.
-        in_flight = 2 * processors
-        lag = _ceil(in_flight, plan.gemm1_tiles + plan.gemm2_tiles) if tile.lag is None else tile.lag
-        ring_slots = max(1, min(blocks, max(lag + _ceil(in_flight, plan.gemm1_tiles) + 1, 3 * max_group)))
+        # that would wait for tiles that have only just been claimed. `lag` M-blocks put lag GEMM1 and lag - 1 GEMM2 between.
+        in_flight, tiles = 2 * processors, plan.gemm1_tiles + plan.gemm2_tiles
+        lag = _ceil(in_flight + plan.gemm2_tiles, tiles) if tile.lag is None else tile.lag
+        between = lag * tiles - plan.gemm2_tiles
+        group_lag = _ceil(_ceil(between, max_group) + plan.gemm2_tiles, tiles) if lag else 0  # as the scheduler has it
+        ring_slots = max(lag + _ceil(in_flight, plan.gemm1_tiles) + 1, (group_lag + 2) * max_group)
+        ring_slots = max(1, min(blocks, ring_slots))
         max_group = max(1, min(max_group, ring_slots // 2))
         column_bits_at = COUNTER_WORDS
         gemm2_done_at = column_bits_at + blocks * plan.column_words
@@ -167,9 +179,11 @@ class WorkspaceLayout:
             ("route_target", routes * 4, False),
             ("segments", spec.world_size * local_experts * SEGMENT.size, False),
             ("ready", blocks * READY_BLOCK.size, False),
-            ("entries", 2 * blocks * QUEUE_ENTRY.size, False),
+            ("entries", 2 * blocks * 2 * READY_BLOCK.size, False),
             ("ring", ring_slots * tile.block_m * spec.intermediate_size * size, False),
             ("staged_rows", rows * spec.hidden_size * size if by_rank else 0, False),
+            ("trace", tracks * trace_events * TRACE_EVENT.size, False),
+            ("trace_counts", tracks * 4, True),
         ]
         sizes = {
             "set_words": set_words,
@@ -180,6 +194,7 @@ class WorkspaceLayout:
             "lag": lag,
             "max_group": max_group,
             "staged_stride": per_source,
+            "trace_events": trace_events,
         }
         return cls(_place(parts), sizes)
 

@@ -17,6 +17,7 @@ CHUNK_TOKENS = 16  # tokens of one dispatch task: a signal's meaning, so the sam
 PLANNER_TOKENS = 32  # fewest tokens worth a planner of their own
 WARP = 32
 _ENOUGH_REGISTERS = 160  # of a thread: the accumulators of a warp's 32 x 64 and everything around them
+_PLANNER_BYTES = 4 * (3 * MAX_EXPERTS + 4)  # struct PlannerScratch; the scheduler and the subscriber need less
 _DRIVER_BYTES = 1024  # shared memory the driver takes of every block
 
 
@@ -34,8 +35,8 @@ class TileConfig:
             Other dtypes have one way and take ``None``.
         combine: ``"route"`` returns one row per route, ``"rank"`` lets each owner sum its routes of a token first,
             ``None`` picks by target and world size. A launch argument: it does not change the kernel.
-        lag: M-blocks between a GEMM1 and its GEMM2 in the task order, ``None``: as many as keep a GEMM2 from waiting for
-            tiles that have only just been claimed. A launch argument too.
+        lag: M-blocks whose GEMM1 come between a GEMM1 and its GEMM2 in the task order, ``None``: as many as keep a GEMM2
+            from waiting for tiles that have only just been claimed. A launch argument too.
         group: most M-blocks of one expert whose tasks follow each other column by column, so that a weight tile is read
             from memory once; ``None``: several where an expert's weights do not fit L2. A launch argument too.
         program: block program: ``"wgmma"`` (sm_90a, 16-bit dtypes) or ``"mma"`` (any GPU); ``None`` takes wgmma where it runs.
@@ -158,6 +159,7 @@ class KernelPlan:
         tensor_boxes: rows of the boxes of the tensor maps of gate and up, and of down; 0 when the kernel takes no maps.
             A box is ``block_k`` elements of that many rows of one expert.
         loader_registers, consumer_registers: registers of a thread in the two roles of the wgmma program, else 0.
+        near_end: steps before the end of a task at which the wgmma program claims the next one.
     """
 
     intermediate_columns: int
@@ -172,9 +174,15 @@ class KernelPlan:
     tensor_boxes: tuple[int, int] = (0, 0)
     loader_registers: int = 0
     consumer_registers: int = 0
+    near_end: int = 0
     chunk_tokens: int = CHUNK_TOKENS
     planner_tokens: int = PLANNER_TOKENS
     max_world_size: int = MAX_WORLD_SIZE
+
+    @property
+    def tracks(self) -> int:
+        """Warps of a block, one thread on the host: each keeps its own trace."""
+        return max(1, self.threads // WARP)
 
 
 def _ceil(a: int, b: int) -> int:
@@ -231,8 +239,8 @@ def _plan_mma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, Any]:
     threads = WARP * (warps + 1)  # one warp fetches tasks
     stage_bytes = (tile.block_m + tile.block_n) * row_bytes
     staged_tile = tile.block_m * (tile.block_n + 8) * size  # rows are padded against bank conflicts
-    work_bytes = _ceil(max(tile.stages * stage_bytes, staged_tile, _planner_bytes(threads)), 128) * 128
-    shared_bytes = work_bytes + 2 * (32 + 12 * tile.block_m) + 16  # struct BlockState: two task slots with their rows
+    work_bytes = _ceil(max(tile.stages * stage_bytes, staged_tile, _PLANNER_BYTES), 128) * 128
+    shared_bytes = work_bytes + 2 * (32 + 12 * tile.block_m) + _ceil(4 * threads // WARP, 8) * 8  # struct BlockState
     _check_shared(tile, stage_bytes, shared_bytes, arch)
     return {
         "threads": threads,
@@ -265,9 +273,9 @@ def _plan_wgmma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, Any]:
     threads = 128 + tile.block_m // 64 * 128  # a warpgroup that loads, and one per 64 rows
     stage_bytes = (tile.block_m + tile.block_n) * 128
     patches = 8 * 16 * (64 + 8) * size  # of each consumer warp: 16 rows of 64 columns, padded against bank conflicts
-    work_bytes = _ceil(max(tile.stages * stage_bytes + patches, _planner_bytes(threads)), 128) * 128
+    work_bytes = _ceil(max(tile.stages * stage_bytes + patches, _PLANNER_BYTES), 128) * 128
     slots = 2 * (32 + 20 * tile.block_m)
-    shared_bytes = work_bytes + slots + 8 * (1 + 2 * tile.stages + 4)  # struct BlockState: slots, broadcast word, barriers
+    shared_bytes = work_bytes + slots + 4 * threads // WARP + 8 * (2 * tile.stages + 7)  # struct BlockState
     _check_shared(tile, stage_bytes, shared_bytes, arch)
     return {
         "threads": threads,
@@ -279,12 +287,8 @@ def _plan_wgmma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, Any]:
         # Together what three warpgroups get at the launch, 168 each; the sums of a consumer are block_n / 2.
         "loader_registers": 88,
         "consumer_registers": 208,
+        "near_end": 2 * tile.stages,
     }
-
-
-def _planner_bytes(threads: int) -> int:
-    """struct PlannerScratch; the scheduler and the subscriber need less."""
-    return 4 * (4 * MAX_EXPERTS + threads)
 
 
 def _check_shared(tile: TileConfig, stage_bytes: int, shared_bytes: int, arch: Arch) -> None:
@@ -316,12 +320,14 @@ class RouterPlan:
         block_tokens: tokens whose logits are made together; on a GPU each such group has a counter word.
         block_experts: experts of the narrowest tile (GPU), 0 on the host.
         threads: threads of a block (GPU), 0 on the host.
+        shared_bytes: dynamic shared memory of a block: stages of wide tiles, or the sums of a narrow one.
         max_experts: the most experts a launch may ask for.
     """
 
     block_tokens: int
     block_experts: int
     threads: int
+    shared_bytes: int
     max_experts: int = MAX_EXPERTS
 
     def counter_words(self, tokens: int) -> int:
@@ -341,5 +347,6 @@ def plan_router(arch: str) -> RouterPlan:
         UnsupportedError: the arch is unknown.
     """
     if get_arch(arch).is_host:
-        return RouterPlan(block_tokens=32, block_experts=0, threads=0)
-    return RouterPlan(block_tokens=16, block_experts=8, threads=8 * WARP)  # one fragment of the matrix units
+        return RouterPlan(block_tokens=32, block_experts=0, threads=0, shared_bytes=0)
+    # One fragment of the matrix units; six stages of 64 + 64 rows of 128 bytes, which every GPU has room for.
+    return RouterPlan(block_tokens=16, block_experts=8, threads=8 * WARP, shared_bytes=6 * 128 * 128)

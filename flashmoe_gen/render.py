@@ -15,8 +15,9 @@ import jinja2
 
 from . import env
 from .arch import Arch, get_arch
-from .args import MOE_STRUCTS, ROUTER_STRUCTS
+from .args import MOE_STRUCTS, ROUTER_STRUCTS, WORKS
 from .errors import CacheError, SpecError
+from .instrument import Instrument
 from .plan import KernelPlan, RouterPlan, TileConfig, default_tile, plan_kernel, plan_router, resolve_program
 from .spec import MoESpec
 
@@ -122,8 +123,11 @@ def environment() -> jinja2.Environment:
 # The parts of a kernel in the order the data flows. "{program}" is the arch's block-program folder.
 _PROTOCOL = [
     f"protocol/{part}.cuh"
-    for part in ("call", "scan", "planner", "dispatch", "subscriber", "rows", "scheduler", "processor", "combine")
-]
+    for part in (
+        "call", "trace", "delay", "scan", "planner", "dispatch", "subscriber", "rows", "scheduler", "processor", "combine",
+        "leave",
+    )
+]  # fmt: skip
 PARTS: dict[tuple[str, str], list[str]] = {
     ("moe", "host"): [
         "host/runtime.h", "host/platform.h", "common/constants.cuh", "host/element.h", "common/element.cuh", "common/args.cuh",
@@ -172,7 +176,14 @@ def _table(rows: dict[str, Any]) -> list[str]:
     return [f"//   {name:<{width}}  {value}" for name, value in rows.items()]
 
 
-def generate(spec: MoESpec, *, arch: str, kernel: KernelKind = "moe", tile: TileConfig | None = None) -> KernelSource:
+def generate(
+    spec: MoESpec,
+    *,
+    arch: str,
+    kernel: KernelKind = "moe",
+    tile: TileConfig | None = None,
+    instrument: Instrument | None = None,
+) -> KernelSource:
     """Generate the source of one kernel.
 
     The text depends on dtype, MLP, activation, H, I, top_k, flags and tile alone (the router's on its own flags);
@@ -183,6 +194,7 @@ def generate(spec: MoESpec, *, arch: str, kernel: KernelKind = "moe", tile: Tile
         arch: ``"host"`` or ``"sm_80"``, ``"sm_86"``, ``"sm_89"``, ``"sm_90a"``, ``"sm_100"``, ``"sm_103"``, ``"sm_120"``.
         kernel: ``"moe"`` (the fused layer) or ``"router"``.
         tile: tile configuration; default :func:`default_tile`. The router has none.
+        instrument: tracing or delays in the fused layer; default none.
 
     Raises:
         SpecError: the tile is impossible for this spec.
@@ -191,6 +203,9 @@ def generate(spec: MoESpec, *, arch: str, kernel: KernelKind = "moe", tile: Tile
     target = get_arch(arch)
     if kernel not in ("moe", "router"):
         raise SpecError(f"kernel={kernel!r} is not valid. Must be 'moe' or 'router'.")
+    if instrument is not None and instrument.code and kernel == "router":
+        raise SpecError(f"{instrument} is not valid for the router. It has neither trace nor delays.")
+    instrument = instrument or Instrument()
     plan: KernelPlan | RouterPlan
     tiles: dict[str, Any] = {}
     if kernel == "router":  # one tiling for every spec
@@ -204,20 +219,20 @@ def generate(spec: MoESpec, *, arch: str, kernel: KernelKind = "moe", tile: Tile
     parts = PARTS[kernel, "sm90" if tiles.get("program") == "wgmma" else target.program]
     # The symbol names the content, and the content holds the symbol: hash the parts instead of the finished text.
     sources = [(part, _template_text(part)) for part in parts]
-    name = _symbol(kernel, spec, target, _digest(arch, fields, tiles, vars(plan), sources))
+    name = _symbol(kernel, spec, target, _digest(arch, fields, tiles, instrument.code, vars(plan), sources))
     context = {
-        "spec": spec, "tile": tile, "plan": plan, "arch": target, "name": name,
+        "spec": spec, "tile": tile, "plan": plan, "arch": target, "name": name, "instrument": instrument, "works": list(WORKS),
         "structs": MOE_STRUCTS if kernel == "moe" else ROUTER_STRUCTS,
     }  # fmt: skip
-    command = _command(kernel, target, fields, tiles)
-    text = _header(kernel, target, name, fields, tiles, plan, command) + render_parts(parts, context)
+    command = _command(kernel, target, fields, tiles | instrument.code)
+    text = _header(kernel, target, name, fields, tiles | instrument.code, plan, command) + render_parts(parts, context)
     return KernelSource(
         text=text,
         name=name,
         arch=arch,
         digest=hashlib.sha256(text.encode()).hexdigest(),
         kind=kernel,
-        metadata={"kernel": kernel, "spec": fields, "tile": tiles, "command": command},
+        metadata={"kernel": kernel, "spec": fields, "tile": tiles, "instrument": instrument.code, "command": command},
     )
 
 

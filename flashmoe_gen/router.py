@@ -26,7 +26,7 @@ class Router:
         self._target = target
         self._plan = plan_router(target.arch)
         compiled = generate(spec, arch=target.arch, kernel="router").compile()
-        self._kernel = target.load(compiled, threads=self._plan.threads, shared_bytes=0)
+        self._kernel = target.load(compiled, threads=self._plan.threads, shared_bytes=self._plan.shared_bytes)
         accumulator = 8 if spec.element.accumulator == "double" else 4
         self._logits = target.allocate(spec.max_tokens * spec.num_experts * accumulator)
         self._counters = target.allocate(4 * self._plan.counter_words(spec.max_tokens))

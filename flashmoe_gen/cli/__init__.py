@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 
 from .. import __version__, env
 from ..errors import FlashMoEError, SpecError
-from . import bench, cache, demo, generate, info
+from . import bench, cache, demo, generate, info, trace
 from .console import complain, print_json
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command()(demo.demo)
 app.command("generate")(generate.generate_command)
 app.command("compile")(generate.compile_command)
 app.command()(bench.bench)
+app.command()(trace.trace)
 app.add_typer(cache.app, name="cache")
 app.command()(info.info)
 

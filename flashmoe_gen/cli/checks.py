@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .. import comm, reference
+from ..instrument import Instrument
 from ..layer import LayerStats, MoELayer
 from ..plan import TileConfig
 from ..spec import MoESpec, Placement
@@ -21,7 +22,11 @@ T = TypeVar("T")
 
 # Relative L2 error against the float64 reference: of y, and of the route weights, which are float32 sums.
 BOUNDS = {"bfloat16": 5e-3, "float16": 1e-3, "float32": 1e-5, "float64": 1e-12}
+TF32_BOUND = 1e-3
 ROUTER_BOUND = 1e-5
+
+# What a routing and a layer call of one rank gave: ids, weights, y, and the seconds of both.
+_Ran = tuple[Array, Array, Array, float, float]
 
 
 @dataclass(frozen=True)
@@ -47,18 +52,44 @@ class Check:
 
 
 class World:
-    """The layer on every rank of a local group; a context manager."""
+    """The layer on every rank of a local group; a context manager.
 
-    def __init__(self, problem: Problem, tile: TileConfig, spec: MoESpec | None = None) -> None:
+    Args:
+        problem: the weights, in the memory of where the layer runs.
+        tile: tile configuration.
+        spec: another world size than the problem's.
+        gpu: all ranks run on the current GPU and share it; default: on the host.
+        instrument: tracing or delays in the layers' kernels.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        tile: TileConfig,
+        spec: MoESpec | None = None,
+        *,
+        gpu: bool = False,
+        instrument: Instrument | None = None,
+    ) -> None:
         self.spec = spec or problem.spec
         self._problem = problem
+        self._run_all = self._on_streams if gpu else self._in_threads
+        self._streams = [_new_stream() if gpu else None for _ in range(self.spec.world_size)]
         self._placement = Placement.default(self.spec.num_experts, self.spec.world_size)
         self._open = ExitStack()
         self.layers = [
             self._open.enter_context(
-                MoELayer(self.spec, target="host", tile=tile, comm=rank, placement=self._placement)
+                MoELayer(
+                    self.spec,
+                    target="cuda" if gpu else "host",
+                    tile=tile,
+                    comm=rank,
+                    placement=self._placement,
+                    stream=stream,
+                    instrument=instrument,
+                )
             )
-            for rank in comm.local_group(self.spec.world_size)
+            for rank, stream in zip(comm.local_group(self.spec.world_size), self._streams)
         ]
         self._experts = [problem.experts(self._placement, rank) for rank in range(self.spec.world_size)]
 
@@ -69,18 +100,69 @@ class World:
         self._open.close()
 
     def run(self, tokens: list[Array]) -> list[Call]:
-        """Route and run every rank's tokens, each rank in a thread of its own."""
+        """Route and run every rank's tokens."""
+        before = [layer.stats() for layer in self.layers]
+        ran = self._run_all(tokens)
+        stats = [_difference(old, layer.stats()) for old, layer in zip(before, self.layers)]
+        return [Call(x, *results, done) for x, results, done in zip(tokens, ran, stats)]
 
-        def call(rank: int) -> Call:
+    def _in_threads(self, tokens: list[Array]) -> list[_Ran]:
+        """Each rank in a thread of its own: a call on the host returns when it is done."""
+
+        def call(rank: int) -> _Ran:
             layer, x = self.layers[rank], tokens[rank]
-            before, start = layer.stats(), time.perf_counter()
+            start = time.perf_counter()
             ids, weights = layer.route(x, self._problem.router_weight)
             routed = time.perf_counter()
             y = layer(x, ids, weights, self._experts[rank])
-            done = time.perf_counter()
-            return Call(x, ids, weights, y, routed - start, done - routed, _difference(before, layer.stats()))
+            return ids, weights, y, routed - start, time.perf_counter() - routed
 
         return _on_ranks(self.spec.world_size, call)
+
+    def _on_streams(self, tokens: list[Array]) -> list[_Ran]:
+        """Each rank on a stream of its own, timed there by CUDA events: a call on a GPU returns before it has run."""
+        import cupy
+
+        inputs = [cupy.asarray(x) for x in tokens]
+        # Made before the calls: an allocation may wait for the GPU, where ranks wait for each other. NaN shows in the
+        # checks where a row is not written.
+        outs = [cupy.full(x.shape, np.nan, x.dtype) for x in inputs]
+        cupy.cuda.runtime.deviceSynchronize()
+        start = self._mark()
+        routes = [layer.route(x, self._problem.router_weight) for layer, x in zip(self.layers, inputs)]
+        routed = self._mark()
+        cupy.cuda.runtime.deviceSynchronize()  # so that no rank waits for one whose router is still being loaded
+        begin = self._mark()
+        for layer, x, (ids, weights), experts, y in zip(self.layers, inputs, routes, self._experts, outs):
+            layer(x, ids, weights, experts, out=y)
+        end = self._mark()
+        for layer in self.layers:
+            layer.check()
+        elapsed = cupy.cuda.get_elapsed_time  # milliseconds
+        return [
+            (
+                cupy.asnumpy(ids), cupy.asnumpy(weights), cupy.asnumpy(y),
+                elapsed(start[rank], routed[rank]) / 1e3, elapsed(begin[rank], end[rank]) / 1e3,
+            )
+            for rank, ((ids, weights), y) in enumerate(zip(routes, outs))
+        ]  # fmt: skip
+
+    def _mark(self) -> list[Any]:
+        """An event on every rank's stream, never between the calls of two ranks: streams may share a hardware queue, where an
+        event that waits for one rank's call would hold back the call of another that it waits for."""
+        import cupy
+
+        events = [cupy.cuda.Event() for _ in self._streams]
+        for event, stream in zip(events, self._streams):
+            event.record(stream)
+        return events
+
+
+def output_bound(spec: MoESpec, tile: TileConfig, *, gpu: bool) -> float:
+    """The relative L2 error that y may have; float32 is TF32 on a GPU unless the tile says otherwise."""
+    if gpu and spec.dtype == "float32" and tile.math != "ffma":
+        return TF32_BOUND
+    return BOUNDS[spec.dtype]
 
 
 def uneven(tokens: list[Array]) -> list[Array]:
@@ -105,13 +187,13 @@ def check_routes(problem: Problem, calls: list[Call]) -> tuple[Check, list[float
     return Check("routes agree with the float64 reference", passed, detail), errors
 
 
-def check_outputs(problem: Problem, calls: list[Call]) -> tuple[Check, list[float]]:
-    """Whether every rank's y is within the bound of the reference, and each rank's relative error.
+def check_outputs(problem: Problem, calls: list[Call], bound: float) -> tuple[Check, list[float]]:
+    """Whether every rank's y is within ``bound`` of the reference, and each rank's relative error.
 
     Without a capacity tokens do not see each other, so all ranks go through the reference at once: then every expert
     is converted to float64 once.
     """
-    spec, bound = problem.spec, BOUNDS[problem.spec.dtype]
+    spec = problem.spec
     groups = [[call] for call in calls] if spec.capacity is not None else [calls]
     errors = []
     for group in groups:
@@ -153,6 +235,12 @@ def _bits(array: Array) -> Array:
 
 def _difference(before: LayerStats, after: LayerStats) -> LayerStats:
     return LayerStats(**{name: value - vars(before)[name] for name, value in vars(after).items()})
+
+
+def _new_stream() -> Any:
+    import cupy
+
+    return cupy.cuda.Stream(non_blocking=True)  # one that waits for the default stream would make ranks wait in turn
 
 
 def _on_ranks(world_size: int, work: Callable[[int], T]) -> list[T]:

@@ -12,15 +12,16 @@ from typing import Annotated, Any
 import typer
 from threadpoolctl import threadpool_limits
 
-from ..arch import ARCHS
+from ..arch import ARCHS, get_arch
 from ..cache import CompiledKernel
-from ..errors import UnsupportedError
+from ..errors import SpecError
+from ..launch.cuda import CudaTarget, device_name
 from ..launch.host import HostTarget, build_program
-from ..plan import TileConfig, plan_kernel
+from ..plan import TileConfig, plan_kernel, resolve_combine
 from ..render import KernelSource, generate
 from ..spec import MoESpec
 from . import console
-from .checks import BOUNDS, Call, Check, World, check_outputs, check_routes, check_same, joined, uneven
+from .checks import Call, Check, World, check_outputs, check_routes, check_same, joined, output_bound, uneven
 from .console import JsonFlag, size
 from .options import SetOption, request
 from .problem import Problem, random_problem, require_memory, runtime_bytes, weight_bytes
@@ -30,24 +31,30 @@ def demo(
     model: Annotated[
         str, typer.Option("--model", "-m", help="A model by name; see generate --help.")
     ] = "qwen3-30b-a3b",
-    ranks: Annotated[int, typer.Option("--ranks", "-r", min=1, max=8, help="Ranks: threads of this process.")] = 2,
+    ranks: Annotated[
+        int, typer.Option("--ranks", "-r", min=1, max=8, help="Ranks: threads of this process, or streams of one GPU.")
+    ] = 2,
     tokens: Annotated[int, typer.Option("--tokens", "-t", min=1, help="Tokens of each rank.")] = 64,
     experts: Annotated[
         int | None, typer.Option("--experts", help="Fewer experts than the model has.", show_default=False)
     ] = None,
-    target: Annotated[str, typer.Option("--target", help="Where to run: host.")] = "host",
+    target: Annotated[
+        str,
+        typer.Option("--target", metavar="[host|cuda]", help="Where to run: on this machine, or on its current GPU."),
+    ] = "host",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of weights and tokens.")] = 0,
     set_: SetOption = None,
     json_: JsonFlag = False,
 ) -> None:
     """Plan, generate, compile, run and check one MoE layer of a real model, with random weights."""
-    if target != "host":
-        raise UnsupportedError(f"--target {target} is not supported: the demo runs on the host target alone.")
+    if target not in ("host", "cuda"):
+        raise SpecError(f"--target {target} is not valid. Must be host or cuda.")
     fixed: dict[str, Any] = {"max_tokens": tokens, "world_size": ranks} | (
         {"num_experts": experts} if experts is not None else {}
     )
     asked = request(model, None, set_, **fixed)
-    report = _Demo(model, asked.spec, asked.tile_for("host"), seed, quiet=json_)
+    where = CudaTarget() if target == "cuda" else HostTarget()
+    report = _Demo(model, asked.spec, asked.tile_for(where.arch), where, seed, quiet=json_)
     result = report.run()
     if json_:
         console.print_json(result)
@@ -58,8 +65,12 @@ def demo(
 class _Demo:
     """One run of the demo; prints as it goes, unless ``quiet``."""
 
-    def __init__(self, model: str, spec: MoESpec, tile: TileConfig, seed: int, *, quiet: bool) -> None:
+    def __init__(
+        self, model: str, spec: MoESpec, tile: TileConfig, target: HostTarget | CudaTarget, seed: int, *, quiet: bool
+    ) -> None:
         self.model, self.spec, self.tile, self.seed, self.quiet = model, spec, tile, seed, quiet
+        self.target, self.arch, self.gpu = target, target.arch, target.name == "cuda"
+        self.device = device_name() if self.gpu else target.device
         self.seconds: dict[str, float] = {}
 
     def run(self) -> dict[str, Any]:
@@ -69,7 +80,7 @@ class _Demo:
         with self._timed("weights", f"making {size(weight_bytes(self.spec))} of random weights"):
             problem = random_problem(self.spec, self.seed)
         ranks, checks = self._run_and_check(problem)
-        gpu = self._gpu_kernels()
+        gpu = [] if self.gpu else self._gpu_kernels()
         passed = all(check.passed for check in checks)
         total = time.perf_counter() - start
         if not self.quiet:
@@ -80,6 +91,8 @@ class _Demo:
             console.say(f"\n{word}  {verdict} in {total:.1f} s ({spent})")
         return {
             "passed": passed,
+            "target": self.target.name,
+            "device": self.device,
             "model": self.model,
             "spec": dataclasses.asdict(self.spec),
             "tile": dataclasses.asdict(self.tile),
@@ -99,12 +112,12 @@ class _Demo:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def _plan(self) -> dict[str, Any]:
-        spec, numbers = self.spec, plan_kernel(self.spec, self.tile, "host")
-        heap, workspace = runtime_bytes(spec, self.tile, HostTarget().processors(None, spec.world_size))
-        alone = self._alone()
-        needed = weight_bytes(spec) + spec.world_size * (heap + workspace)
-        needed += sum(runtime_bytes(alone, self.tile, HostTarget().processors(None, 1)))
-        require_memory(spec, needed)
+        spec, numbers = self.spec, plan_kernel(self.spec, self.tile, self.arch)
+        heap, workspace = self._runtime_bytes(spec)
+        needed = weight_bytes(spec) + spec.world_size * (heap + workspace) + sum(self._runtime_bytes(self._alone()))
+        require_memory(spec, weight_bytes(spec) if self.gpu else needed)
+        if self.gpu:
+            require_memory(spec, needed, gpu=True)
         tasks = numbers.gemm1_tiles + numbers.gemm2_tiles
         plan = {
             "gemm1_tiles": numbers.gemm1_tiles,
@@ -138,27 +151,44 @@ class _Demo:
             console.pairs(f"{self.model}: spec and plan", rows)
         return plan
 
+    def _runtime_bytes(self, spec: MoESpec) -> tuple[int, int]:
+        """Heap and workspace of a rank. A GPU's kernel is not there yet: it has the blocks its registers are planned for."""
+        if isinstance(self.target, HostTarget):
+            processors = self.target.processors(None, spec.world_size)
+        else:
+            blocks = plan_kernel(spec, self.tile, self.arch).min_blocks * self.target.multiprocessors
+            processors = max(1, blocks // spec.world_size - self.target.system_workers)
+        return runtime_bytes(spec, self.tile, self.arch, processors)
+
     def _kernels(self) -> list[dict[str, Any]]:
-        with self._timed("compile", "generating and compiling the kernels for the host"):
-            sources = [generate(self.spec, arch="host", kernel=kernel, tile=self.tile) for kernel in ("router", "moe")]
+        where = self.arch if self.gpu else "the host"
+        with self._timed("compile", f"generating and compiling the kernels for {where}"):
+            sources = [
+                generate(self.spec, arch=self.arch, kernel=kernel, tile=self.tile) for kernel in ("router", "moe")
+            ]
             with ThreadPoolExecutor(2) as pool:
-                launcher = pool.submit(build_program, "launcher")
+                launcher = None if self.gpu else pool.submit(build_program, "launcher")
                 compiled = list(pool.map(KernelSource.compile, sources))
-                launcher.result()
+                if launcher is not None:
+                    launcher.result()
         if not self.quiet:
             rows = [
                 (source.name, source.digest[:12], len(source.text.splitlines()), _build_time(kernel))
                 for source, kernel in zip(sources, compiled)
             ]
-            console.table("\nHost kernels", ["kernel", "digest", "lines", "compiled"], rows)
+            title = f"GPU kernels ({self.arch})" if self.gpu else "Host kernels"
+            console.table(f"\n{title}", ["kernel", "digest", "lines", "compiled"], rows)
         return [
             {**_described(source), "seconds": kernel.seconds, "from_cache": kernel.from_cache, "path": kernel.path}
             for source, kernel in zip(sources, compiled)
         ]
 
     def _run_and_check(self, problem: Problem) -> tuple[list[dict[str, Any]], list[Check]]:
-        spec = self.spec
-        with World(problem, self.tile) as world:
+        spec, there = self.spec, problem
+        if self.gpu:
+            with self._timed("weights", "copying the weights to the GPU"):
+                there = problem.on_gpu()
+        with World(there, self.tile, gpu=self.gpu) as world:
             with self._timed("run", f"running {_ranks(spec)}"):
                 first = world.run(problem.tokens)
             with self._timed("run", "running again"):
@@ -168,7 +198,7 @@ class _Demo:
         # One BLAS thread: more of them gain nothing on a few rows, and wait for each other when cores are busy.
         with self._timed("reference", "computing the float64 reference"), threadpool_limits(1, "blas"):
             routes, router_errors = check_routes(problem, first)
-            outputs, errors = check_outputs(problem, first)
+            outputs, errors = check_outputs(problem, first, self._bound())
         counts = ", ".join(str(len(call.x)) for call in fewer)
         checks = [
             routes,
@@ -177,8 +207,8 @@ class _Demo:
             check_same(f"uneven ranks ({counts} tokens) give the same bits", "and every rank returns", fewer, first),
         ]
         # A capacity counts per source rank, and rows summed by their owner are rounded per rank.
-        if spec.capacity is None and self.tile.combine != "rank":
-            with World(problem, self.tile, self._alone()) as one, self._timed("run", "running on one rank"):
+        if spec.capacity is None and resolve_combine(spec, self.tile, get_arch(self.arch)) == "route":
+            with World(there, self.tile, self._alone(), gpu=self.gpu) as one, self._timed("run", "running on one rank"):
                 alone = one.run([joined(first).x])
             name = "one rank with all experts and tokens gives the same bits"
             checks.append(check_same(name, "all ids, weights and y", alone, [joined(first)]))
@@ -190,23 +220,31 @@ class _Demo:
     def _alone(self) -> MoESpec:
         return self.spec.replace(world_size=1, max_tokens=self.spec.world_size * self.spec.max_tokens)
 
+    def _bound(self) -> float:
+        return output_bound(self.spec, self.tile, gpu=self.gpu)
+
     def _show_run(self, ranks: list[dict[str, Any]], checks: list[Check]) -> None:
         rows = [
             (
                 r["rank"], r["tokens"], r["routes"], r["rows"], r["blocks"], r["padding"], r["blocks"] * self._tasks(),
-                f"{r['router_error']:.1e}", f"{r['error']:.2e}", f"{r['second_layer_seconds']:.2f} s",
+                f"{r['router_error']:.1e}", f"{r['error']:.2e}", self._duration(r["second_layer_seconds"]),
             )
             for r in ranks
         ]  # fmt: skip
         columns = "rank,tokens,routes,rows,M-blocks,padding,tasks,router error,error of y,second call".split(",")
-        bound = BOUNDS[self.spec.dtype]
-        console.table(f"\nRun on the host (errors: relative L2 against float64; bound of y {bound:.0e})", columns, rows)
+        where = self.device if self.gpu else "the host"
+        times = "; times: CUDA events" if self.gpu else ""
+        errors = f"errors: relative L2 against float64; bound of y {self._bound():.0e}"
+        console.table(f"\nRun on {where} ({errors}{times})", columns, rows)
         console.say("\n[bold]Checks[/]")
         for check in checks:
             console.say(f"[{'green]PASS' if check.passed else 'bold red]FAIL'}[/]  {check.name}: {check.detail}")
 
+    def _duration(self, seconds: float) -> str:
+        return f"{1e3 * seconds:.2f} ms" if self.gpu else f"{seconds:.2f} s"
+
     def _tasks(self) -> int:
-        numbers = plan_kernel(self.spec, self.tile, "host")
+        numbers = plan_kernel(self.spec, self.tile, self.arch)
         return numbers.gemm1_tiles + numbers.gemm2_tiles
 
     def _gpu_kernels(self) -> list[dict[str, Any]]:

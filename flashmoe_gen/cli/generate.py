@@ -95,7 +95,7 @@ def compile_command(
 
 
 def _generate(asked: Request, arch: str, kind: Kernel) -> KernelSource:
-    return generate(asked.spec, arch=arch, kernel=kind, tile=asked.tile_for(arch))
+    return generate(asked.spec, arch=arch, kernel=kind, tile=asked.tile_for(arch), instrument=asked.instrument)
 
 
 def _compile_all(asked: Request | None, archs: list[str], kind: Kernel) -> list[dict[str, Any]]:

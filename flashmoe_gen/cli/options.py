@@ -12,6 +12,7 @@ import typer
 
 from ..errors import SpecError
 from ..hf_config import spec_fields
+from ..instrument import Instrument
 from ..plan import TileConfig, default_tile
 from ..presets import PRESETS, preset_fields
 from ..spec import MoESpec
@@ -25,7 +26,7 @@ ConfigOption = Annotated[
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="FIELD=VALUE", help="A field of MoESpec or TileConfig; may be repeated.", show_default=False
+        "--set", metavar="FIELD=VALUE", help="A field of MoESpec, TileConfig or Instrument; may be repeated.", show_default=False
     ),
 ]
 Kernel = Literal["moe", "router"]
@@ -33,6 +34,8 @@ KernelOption = Annotated[str, typer.Option("--kernel", "-k", metavar="[moe|route
 
 _SPEC_FIELDS = [field.name for field in dataclasses.fields(MoESpec)]
 _TILE_FIELDS = [field.name for field in dataclasses.fields(TileConfig)]
+_INSTRUMENT_FIELDS = [field.name for field in dataclasses.fields(Instrument)]
+_FIELDS = _SPEC_FIELDS + _TILE_FIELDS + _INSTRUMENT_FIELDS
 _WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -43,34 +46,37 @@ class Request:
     Attributes:
         spec: the layer.
         tile: the fields of the tile that were set; the rest is the architecture's default.
+        instrument: tracing and delays.
     """
 
     spec: MoESpec
     tile: dict[str, Any]
+    instrument: Instrument
 
     def tile_for(self, arch: str) -> TileConfig:
         """The tile for one architecture."""
         return default_tile(self.spec, arch).replace(**self.tile)
 
 
-def settings(texts: list[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parse ``--set`` options into fields of the spec and fields of the tile.
+def settings(texts: list[str] | None) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Parse ``--set`` options into fields of the spec, of the tile and of the instrument.
 
     Raises:
         SpecError: not ``field=value``, or no field of that name.
     """
     spec: dict[str, Any] = {}
     tile: dict[str, Any] = {}
+    instrument: dict[str, Any] = {}
     for text in texts or []:
         name, equals, value = text.partition("=")
         if not equals:
             raise SpecError(f"--set {text} is not valid. Must be field=value.")
-        if name not in _SPEC_FIELDS + _TILE_FIELDS:
-            close = difflib.get_close_matches(name, _SPEC_FIELDS + _TILE_FIELDS, n=1)
-            hint = f" Did you mean {close[0]}?" if close else f" Fields: {', '.join(_SPEC_FIELDS + _TILE_FIELDS)}."
+        if name not in _FIELDS:
+            close = difflib.get_close_matches(name, _FIELDS, n=1)
+            hint = f" Did you mean {close[0]}?" if close else f" Fields: {', '.join(_FIELDS)}."
             raise SpecError(f"--set {text} is not valid: there is no field {name!r}.{hint}")
-        (spec if name in _SPEC_FIELDS else tile)[name] = _value(value)
-    return spec, tile
+        (spec if name in _SPEC_FIELDS else tile if name in _TILE_FIELDS else instrument)[name] = _value(value)
+    return spec, tile, instrument
 
 
 def _value(text: str) -> Any:
@@ -95,7 +101,7 @@ def request(
     """
     if model is not None and config is not None:
         raise SpecError("--model and --config are not valid together.")
-    chosen, tile = settings(texts)
+    chosen, tile, instrument = settings(texts)
     base = preset_fields(model) if model is not None else spec_fields(config) if config is not None else {}
     fields = {**base, **chosen, **fixed}
     needed = ["hidden_size", "top_k"] if kernel == "router" else ["hidden_size", "intermediate_size", "top_k"]
@@ -106,7 +112,7 @@ def request(
     fields.setdefault("intermediate_size", fields["hidden_size"])
     fields.setdefault("num_experts", fields["top_k"])
     fields.setdefault("max_tokens", 1)
-    return Request(MoESpec(**fields), tile)
+    return Request(MoESpec(**fields), tile, Instrument(**instrument))
 
 
 def checked_kernel(kernel: str) -> Kernel:

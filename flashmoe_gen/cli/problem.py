@@ -1,7 +1,8 @@
-"""A layer filled with random numbers at a model's real shape, made in seconds and within the machine's memory."""
+"""A layer filled with random numbers at a model's real shape, made in seconds and within the memory that is free."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,8 @@ from .memory import available_bytes
 
 Array = np.ndarray[Any, Any]
 
-_SPARE_BYTES = 512 << 20  # Python, NumPy, the compiler, float64 copies of one expert and its rows
+# Python, NumPy, the compiler, float64 copies of one expert and its rows; on a GPU kernels, tokens and logits.
+_SPARE_BYTES = 512 << 20
 _ROOT_MEAN_SQUARE = math.sqrt(7 / 3 * 85 / 4)  # of a mantissa in [1, 2) times 1, 2, 4 or 8
 
 
@@ -42,6 +44,20 @@ class Problem:
         arrays: dict[str, Any] = {name: array[first : first + len(held)] for name, array in self.weights.items()}
         return Experts(**arrays)
 
+    def on_gpu(self) -> Problem:
+        """The same with all weights in the memory of the current GPU; tokens stay where they are."""
+        weights = {name: _on_gpu(array) for name, array in self.weights.items()}
+        return dataclasses.replace(self, weights=weights, router_weight=_on_gpu(self.router_weight))
+
+
+def _on_gpu(array: Array) -> Any:
+    """Not cupy.asarray: that takes pinned memory as large as the array on its way."""
+    import cupy
+
+    copy = cupy.empty(array.shape, array.dtype)
+    copy.set(array)
+    return copy
+
 
 def weight_shapes(spec: MoESpec) -> dict[str, tuple[int, ...]]:
     """Shapes of the expert weights, by the names of :class:`~flashmoe_gen.Experts`."""
@@ -59,29 +75,38 @@ def weight_bytes(spec: MoESpec) -> int:
     return sum(math.prod(shape) for shape in weight_shapes(spec).values()) * spec.element.size
 
 
-def runtime_bytes(spec: MoESpec, tile: TileConfig, processors: int) -> tuple[int, int]:
+def runtime_bytes(spec: MoESpec, tile: TileConfig, arch: str, processors: int) -> tuple[int, int]:
     """Bytes of the symmetric heap and of the workspace, on the rank that holds most experts."""
     local = len(Placement.default(spec.num_experts, spec.world_size).local_experts(0))
-    plan = plan_kernel(spec, tile, "host")
-    combine = resolve_combine(spec, tile, get_arch("host"))
+    plan = plan_kernel(spec, tile, arch)
+    combine = resolve_combine(spec, tile, get_arch(arch))
     workspace = WorkspaceLayout.of(spec, tile, plan, combine=combine, local_experts=local, processors=processors)
     return HeapLayout.of(HeapNeeds.of(spec, combine), spec.world_size).bytes, workspace.bytes
 
 
-def require_memory(spec: MoESpec, needed: int) -> None:
-    """Return if ``needed`` bytes and some to spare are free.
+def free_gpu_bytes() -> int:
+    """Free memory of the current GPU."""
+    import cupy
+
+    free, _ = cupy.cuda.runtime.memGetInfo()
+    return int(free)
+
+
+def require_memory(spec: MoESpec, needed: int, *, gpu: bool = False) -> None:
+    """Return if ``needed`` bytes and some to spare are free: on this machine, or on the current GPU.
 
     Raises:
         FlashMoEError: they are not; says how many experts would fit.
     """
-    available = available_bytes()
+    available = free_gpu_bytes() if gpu else available_bytes()
     if available is None or needed + _SPARE_BYTES <= available:
         return
     fitting = int((available - _SPARE_BYTES) * spec.num_experts / needed)
     advice = f"Try --experts {max(spec.top_k, fitting // 8 * 8)}." if fitting >= spec.top_k else "Try a smaller model."
     raise FlashMoEError(
-        f"This needs {console.size(needed + _SPARE_BYTES)} of memory, of which {console.size(weight_bytes(spec))} for "
-        f"the weights of {spec.num_experts} experts; {console.size(available)} are free. {advice}"
+        f"This needs {console.size(needed + _SPARE_BYTES)} of {'GPU ' if gpu else ''}memory, of which "
+        f"{console.size(weight_bytes(spec))} for the weights of {spec.num_experts} experts; "
+        f"{console.size(available)} are free. {advice}"
     )
 
 

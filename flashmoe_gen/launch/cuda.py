@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,26 @@ def require_device() -> None:
         raise FlashMoEError(f"target='cuda': CUDA cannot be used here ({text}).") from error
     if count == 0:
         raise FlashMoEError("target='cuda': the NVIDIA driver finds no GPU.")
+
+
+def device_name() -> str:
+    """The name of the current GPU."""
+    import cupy
+
+    return str(cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode())
+
+
+def driver_version() -> str:
+    """The driver's version and the newest CUDA it runs."""
+    import cupy
+
+    cuda = cupy.cuda.runtime.driverGetVersion()
+    try:
+        module = Path("/proc/driver/nvidia/version").read_text().split("Kernel Module")[1].split()
+        kernel = next(word for word in module if word[0].isdigit())
+    except (OSError, IndexError, StopIteration):
+        kernel = "unknown"
+    return f"{kernel} (CUDA {cuda // 1000}.{cuda % 1000 // 10})"
 
 
 class CudaMemory:

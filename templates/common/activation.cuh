@@ -1,6 +1,6 @@
 // ---- The expert's activation, in the accumulator's precision --------------------------------------------------------
 //% if spec.activation == "silu"
-DEVICE Acc activate(Acc z) { return z / (Acc(1) + exp_of(-z)); }
+DEVICE Acc activate(Acc z) { return divide_of(z, Acc(1) + exp_of(-z)); }
 //% elif spec.activation == "gelu"
 DEVICE Acc activate(Acc z) { return Acc(0.5) * z * (Acc(1) + erf_of(z * Acc(0.70710678118654752440))); }
 //% elif spec.activation == "gelu_tanh"

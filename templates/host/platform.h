@@ -30,6 +30,10 @@ DEVICE void store_release(T* word, T value) {
   if (runtime->lost != nullptr && runtime->lost(word)) return;
   std::atomic_ref<T>(*word).store(value, std::memory_order_release);
 }
+struct Release {  // many words at once; see the GPU's
+  template <class T>
+  void store(T* word, T value) const { store_release<Scope::system>(word, value); }
+};
 template <class T>
 DEVICE T load_relaxed(const T* word) {
   return std::atomic_ref<T>(*const_cast<T*>(word)).load(std::memory_order_relaxed);
@@ -74,6 +78,7 @@ DEVICE void remote_copy(Group&, T* to, const T* from, int count) {
 
 DEVICE void backoff(u32) { runtime->yield(); }
 DEVICE u64 now_ns() { return runtime->now_ns(); }
+DEVICE u32 trace_track() { return 0; }
 DEVICE int popcount(u32 bits) { return __builtin_popcount(bits); }
 DEVICE int lowest_bit(u32 bits) { return __builtin_ctz(bits); }
 
@@ -87,10 +92,19 @@ struct Group {
   u32 leading(bool predicate) const { return predicate; }                                // lanes before the first false
   u32 exclusive_count(bool predicate, u32* total) const { *total = predicate; return 0; }  // true lanes before mine
   void add(u32* word, u32 value) const { *word += value; }
+  void add_all(u32* word, u32 value) const { *word += value; }  // of every lane, one addition where it can be
+  u32 sum(u32 value) const { return value; }
+  u32 exclusive_sum(u32 value, u32* total) const { *total = value; return 0; }  // of the lanes before mine
+  static constexpr int kPart = 1;  // lanes that run in step
+  static constexpr int parts = 1;
+  int part() const { return 0; }
+  // Each lane takes the next number of its counter, lane by lane: a counter's numbers go up with the lanes.
+  u32 take_numbers(u32* counters, u32 which, bool valid) const { return valid ? counters[which]++ : 0; }
 };
 
 using Acc = ${spec.element.accumulator};
 DEVICE Acc exp_of(Acc z) { return std::exp(z); }
+DEVICE Acc divide_of(Acc a, Acc b) { return a / b; }
 DEVICE Acc erf_of(Acc z) { return std::erf(z); }
 DEVICE Acc tanh_of(Acc z) { return std::tanh(z); }
 DEVICE Acc fma_of(Acc a, Acc b, Acc c) { return std::fma(a, b, c); }

@@ -12,6 +12,7 @@ DEVICE void zero_padding(Acc* row, int k) {
 
 // Columns [column * kIntermediateColumns, ...) of the intermediate: gate and up of one column are one pair.
 DEVICE void gemm1_tile(const Call& call, const Task& task, TileScratch& scratch) {
+  const Span span(call, Work::gemm1, true, task.issue, task.column);
   const MoEArgs& args = call.args;
   const int rows = int(task.block.rows);
   constexpr int kPadded = padded(kHidden);
@@ -48,6 +49,7 @@ DEVICE void gemm1_tile(const Call& call, const Task& task, TileScratch& scratch)
 
 // Columns [column * kBlockN, ...) of the expert's result, two at a time. False when the call is aborted.
 DEVICE bool gemm2_tile(const Call& call, const Task& task, TileScratch& scratch) {
+  const Span span(call, Work::gemm2, true, task.issue, task.column);
   const MoEArgs& args = call.args;
   const int rows = int(task.block.rows);
   constexpr int kPadded = padded(kIntermediate);

@@ -11,13 +11,13 @@ struct Counters {  // local to the rank; two sets, call n clears the set of call
   u32 planners_listed;
   u32 dispatch_ticket;
   u32 task_ticket;
-  u32 entries;  // published task-queue entries; kClosed is set with the last
+  u64 queue;  // published entries; above them the M-blocks of a group, and kClosed with the last entry
   u32 combine_ticket;
   u32 left;
-  u32 group;  // M-blocks of a group; written before the first entry is published
   u32 arrived[kMaxWorldSize];  // per source: leading dispatch chunks that are here, kAllChunks when all are
 };
-constexpr u32 kClosed = 0x80000000u;
+static_assert(sizeof(Counters) == 4 * (8 + kMaxWorldSize));  // where the launcher puts what follows
+constexpr u64 kClosed = u64(1) << 63;
 constexpr u32 kAllChunks = 0x7fffffffu;
 
 struct Call {
@@ -138,24 +138,4 @@ DEVICE bool wait_word(const Call& call, Await what, u32 detail, const u64* word,
       [&](u64 epoch) { return epoch == call.epoch; });
   if (value != nullptr) *value = u32(seen);
   return here;
-}
-
-// The last party to leave ends the call for the rank: it poisons y after an abort and advances the epoch.
-// `clearer` of `clearers` groups clears its part of the next call's counters first.
-template <class Group>
-DEVICE void leave(Group& group, const Call& call, u32 clearer, u32 clearers) {
-  for (u64 i = clearer * group.size + group.lane; i < u64(call.args.set_words); i += u64(clearers) * group.size)
-    call.next_set[i] = 0;
-  group.sync();
-  u32 last = 0;
-  if (group.lane == 0) last = fetch_add_acq_rel(&call.counters().left, 1u) + 1 == call.parties;
-  if (!group.broadcast(last, 0)) return;
-  if (aborted(call)) {
-    for (u64 i = group.lane; i < u64(call.tokens) * kHidden; i += group.size)
-      call.args.y[i] = from_acc(quiet_nan());
-  }
-  if (group.lane == 0) {
-    store_relaxed(&call.args.state->calls, load_relaxed(&call.args.state->calls) + 1);
-    store_release<Scope::system>(&call.control()->epoch, call.epoch);
-  }
 }

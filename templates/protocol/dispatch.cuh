@@ -13,6 +13,7 @@ DEVICE u32 owners_of_token(const Call& call, int token) {
 
 template <class Group>
 DEVICE void dispatch_chunk(Group& group, const Call& call, int chunk) {
+  const Span span(call, Work::dispatch, group.lane == 0, u32(chunk));
   const MoEArgs& args = call.args;
   const int first = chunk * kChunkTokens;
   const int last = first + kChunkTokens < call.tokens ? first + kChunkTokens : call.tokens;
@@ -24,6 +25,7 @@ DEVICE void dispatch_chunk(Group& group, const Call& call, int chunk) {
     }
   }
   group.sync();
+  delay(call);
   for (int rank = group.lane; rank < args.world_size; rank += group.size) {
     if (rank != args.rank)  // pairs with the subscriber's wait for rows
       store_release<Scope::system>(call.chunk_words(rank, args.rank) + chunk, call.word(1));
@@ -35,6 +37,7 @@ template <class Group>
 DEVICE bool dispatch(Group& group, const Call& call, int planners) {
   bool listed = true;
   if (group.lane == 0) {  // every list of this rank is written: rows follow them, and their signals publish both
+    const Span span(call, Work::wait_lists, true);
     listed = wait_until(
         call, Await::planners, 1, u64(planners),
         [&] { return u64(load_acquire<Scope::device>(&call.counters().planners_listed)); },

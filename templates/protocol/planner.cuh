@@ -4,13 +4,17 @@
 // token order. Counts go to every rank at once; the list entry of a route goes straight into the owner's heap, sorted by
 // expert, so the owner builds M-blocks from the counts alone. Experts are numbered here by position: rank by rank, slot by slot.
 
-struct PlannerScratch {  // per planner, num_experts words each; keys: one per lane
-  u32* count;
-  u32* total;
+struct PlannerScratch {  // of one planner
+  u32* count;   // num_experts words each
   u32* base;
   u32* offset;
-  u32* keys;
+  u32* tally;   // kTallies
+
+  DEVICE PlannerScratch(u32* words, int experts)
+      : count(words), base(words + experts), offset(words + 2 * experts), tally(words + 3 * experts) {}
 };
+
+enum Tally { kLive, kDropped, kMasked, kInvalid, kTallies };  // routes of this planner
 
 constexpr u32 kNoRoute = 0xffffffffu;
 
@@ -47,25 +51,37 @@ DEVICE int return_slot(const MoEArgs& args, u64 token, int j, int owner) {
 }
 
 template <class Group>
-DEVICE void count_routes(Group& group, const Call& call, u64 first, u64 last, u32* count) {
+DEVICE void count_routes(Group& group, const Call& call, u64 first, u64 last, const PlannerScratch& scratch) {
+  const Span span(call, Work::count_routes, group.lane == 0);
   const MoEArgs& args = call.args;
-  for (int q = group.lane; q < args.num_experts; q += group.size) count[q] = 0;
+  for (int q = group.lane; q < args.num_experts; q += group.size) scratch.count[q] = 0;
+  for (int i = group.lane; i < kTallies; i += group.size) scratch.tally[i] = 0;
   group.sync();
   u32 masked = 0, invalid = 0;
   for (u64 route = first + group.lane; route < last; route += group.size) {
     const u32 position = route_position(args, route);
-    if (position != kNoRoute) group.add(&count[position], 1u);
+    if (position != kNoRoute) group.add(&scratch.count[position], 1u);
     else if (args.topk_ids[route] < 0) ++masked;
     else ++invalid;
   }
-  if (masked) fetch_add_relaxed(&args.state->masked, u64(masked));
-  if (invalid) fetch_add_relaxed(&args.state->invalid, u64(invalid));
+  group.add_all(&scratch.tally[kMasked], masked);
+  group.add_all(&scratch.tally[kInvalid], invalid);
   group.sync();
+}
+
+// One addition for the whole planner: thousands of them to one word would take longer than the planning.
+template <class Group>
+DEVICE void add_tallies(Group& group, const MoEArgs& args, const PlannerScratch& scratch) {
+  u64* const totals[kTallies] = {&args.state->routes, &args.state->dropped, &args.state->masked, &args.state->invalid};
+  if (group.lane != 0) return;
+  for (int i = 0; i < kTallies; ++i)
+    if (scratch.tally[i] != 0) fetch_add_relaxed(totals[i], u64(scratch.tally[i]));
 }
 
 template <class Group>
 DEVICE void send_counts(Group& group, const Call& call, int planner, int planners, const u32* total) {
   const MoEArgs& args = call.args;
+  delay(call);
   for (int q = planner * group.size + group.lane; q < args.num_experts; q += planners * group.size) {
     const int owner = owner_of(args, q);
     remote_store(call.count_words(owner, args.rank) + 1 + (q - args.owner_first[owner]), call.word(total[q]));
@@ -77,18 +93,17 @@ DEVICE void send_counts(Group& group, const Call& call, int planner, int planner
 
 template <class Group>
 DEVICE void write_lists(Group& group, const Call& call, u64 first, u64 last, const PlannerScratch& scratch) {
+  const Span span(call, Work::write_lists, group.lane == 0);
   const MoEArgs& args = call.args;
   u32 routes = 0, dropped = 0;
   for (u64 start = first; start < last; start += group.size) {
     const u64 route = start + group.lane;
     const u32 q = route < last ? route_position(args, route) : kNoRoute;
-    scratch.keys[group.lane] = q;
-    group.sync();
-    u32 earlier = 0;
-    for (int i = 0; i < group.lane; ++i) earlier += scratch.keys[i] == q;
-    const u32 position = q == kNoRoute ? 0 : scratch.base[q] + earlier;
-    group.sync();
-    if (q != kNoRoute) group.add(&scratch.base[q], 1u);
+    u32 position = 0;
+    for (int part = 0; part < group.parts && start + u64(part) * group.kPart < last; ++part) {  // one after the other: route order
+      if (part == group.part()) position = group.take_numbers(scratch.base, q, q != kNoRoute);
+      group.sync();
+    }
     if (route < last) {
       const u64 token = route / kTopK;
       const int j = int(route % kTopK);
@@ -109,8 +124,10 @@ DEVICE void write_lists(Group& group, const Call& call, u64 first, u64 last, con
       }
     }
   }
-  if (routes) fetch_add_relaxed(&args.state->routes, u64(routes));
-  if (dropped) fetch_add_relaxed(&args.state->dropped, u64(dropped));
+  group.add_all(&scratch.tally[kLive], routes);
+  group.add_all(&scratch.tally[kDropped], dropped);
+  group.sync();
+  add_tallies(group, args, scratch);
 }
 
 template <class Group>
@@ -121,19 +138,21 @@ DEVICE bool plan_routes(Group& group, const Call& call, int planner, int planner
   const int to = from + share < call.tokens ? from + share : call.tokens;
   const u64 first = u64(from) * kTopK, last = u64(to) * kTopK;
 
-  count_routes(group, call, first, last, scratch.count);
+  count_routes(group, call, first, last, scratch);
   u32* const mine = args.planner_counts + u64(planner) * args.num_experts;
   for (int q = group.lane; q < args.num_experts; q += group.size) mine[q] = scratch.count[q];
   group.sync();
   bool counted = true;
   if (group.lane == 0) {
+    const Span span(call, Work::wait_planners, true);
+    delay(call);
     fetch_add_acq_rel(&call.counters().planners_counted, 1u);  // pairs with the wait of every other planner
     counted = wait_until(
         call, Await::planners, 0, u64(planners),
         [&] { return u64(load_acquire<Scope::device>(&call.counters().planners_counted)); },
         [&](u64 seen) { return seen == u64(planners); });
   }
-  if (!group.broadcast(counted, 0)) return false;
+  if (group.any(!counted)) return false;
 
   for (int q = group.lane; q < args.num_experts; q += group.size) {
     u32 total = 0, base = 0;
@@ -143,13 +162,14 @@ DEVICE bool plan_routes(Group& group, const Call& call, int planner, int planner
       total += count;
     }
     scratch.base[q] = base;
-    scratch.total[q] = scratch.offset[q] = total < u32(args.capacity) ? total : u32(args.capacity);
+    scratch.count[q] = scratch.offset[q] = total < u32(args.capacity) ? total : u32(args.capacity);
   }
   group.sync();
-  send_counts(group, call, planner, planners, scratch.total);
-  exclusive_scan(group, scratch.offset, scratch.count, args.num_experts);
+  send_counts(group, call, planner, planners, scratch.count);
+  exclusive_scan(group, scratch.offset, args.num_experts);
   write_lists(group, call, first, last, scratch);
   group.sync();
+  delay(call);
   if (group.lane == 0 && fetch_add_acq_rel(&call.counters().planners_listed, 1u) + 1 == u32(planners))
     store_release<Scope::device>(&call.counters().arrived[args.rank], kAllChunks);  // pairs with rows_arrived()
   return true;

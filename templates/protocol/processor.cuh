@@ -13,40 +13,36 @@ DEVICE u32 claim(const Call& call) { return fetch_add_relaxed(&call.counters().t
 // The task of a ticket, once the scheduler has published its entry; TaskKind::closed when there is no such task any more.
 DEVICE Task wait_ready(const Call& call, u32 ticket) {
   Task task{TaskKind::closed, 0, 0, {}};
+  constexpr u32 kTiles = kGemm1Tiles + kGemm2Tiles;
   u32 group = 1, index = 0;
   bool exists = false;
   const bool waited = wait_until(
-      call, Await::task, ticket, u64(ticket), [&] { return u64(load_acquire<Scope::device>(&call.counters().entries)); },
-      [&](u64 published) {
-        const u32 entries = u32(published) & ~kClosed;
-        if (entries != 0) {  // then the size of the groups is there too
-          group = call.counters().group;
-          index = ticket / (group * u32(kGemm1Tiles + kGemm2Tiles));
-          exists = entries > index;
-        }
-        return exists || (u32(published) & kClosed) != 0;
+      call, Await::task, ticket, u64(ticket), [&] { return load_acquire<Scope::device>(&call.counters().queue); },
+      [&](u64 queue) {
+        group = u32((queue & ~kClosed) >> 32);
+        if (group != 0) index = ticket / (group * kTiles);
+        exists = group != 0 && u32(queue) > index;
+        return exists || (queue & kClosed) != 0;
       });
   if (!waited || !exists) return task;
-  const QueueEntry entry = call.args.entries[index];
-  const u32 part = ticket % (group * u32(kGemm1Tiles + kGemm2Tiles));
+  const u32 part = ticket - index * group * kTiles;
   const u32 column = part / group, member = part % group;  // the group's M-blocks follow each other: one weight tile
-  const bool second = column < u32(kGemm2Tiles);
-  const int issue = second ? entry.gemm2 : entry.gemm1;
-  task.kind = TaskKind::none;
-  if (issue < 0) return task;
-  const ReadyBlock whole = call.args.ready[issue];
+  const bool second = column >= u32(kGemm1Tiles);
+  const ReadyBlock whole = call.args.entries[2 * u64(index) + second];
   const u32 start = member * kBlockM;
+  task.kind = TaskKind::none;
   if (start >= whole.rows) return task;
   const u32 rest = whole.rows - start;
   task.kind = second ? TaskKind::gemm2 : TaskKind::gemm1;
   task.issue = whole.unit + member;
-  task.column = second ? column : column - kGemm2Tiles;
+  task.column = second ? column - kGemm1Tiles : column;
   task.block = ReadyBlock{whole.expert_slot, whole.first_row + start, rest < u32(kBlockM) ? rest : u32(kBlockM), task.issue};
   return task;
 }
 
 // A GEMM1 tile is in the ring: set its bit. Pairs with wait_gemm1().
 DEVICE void publish_gemm1(const Call& call, const Task& task) {
+  delay(call);
   fetch_or_release(call.column_bits(task.issue) + task.column / 32, 1u << task.column % 32);
 }
 
@@ -61,5 +57,6 @@ DEVICE bool wait_gemm1(const Call& call, u32 issue, u32 column) {
 
 // A GEMM2 tile is stored; true for the one that finished the M-block, which then calls return_rows().
 DEVICE bool publish_gemm2(const Call& call, const Task& task) {
+  delay(call);
   return fetch_add_acq_rel(call.gemm2_done(task.issue), 1u) + 1 == u32(kGemm2Tiles);
 }

@@ -1,19 +1,21 @@
 // ---- Scheduler: appends work to the task queue as soon as nothing remote is missing for it -----------------------------
 // A group is up to `group` consecutive M-blocks of one expert; their tasks are ordered column by column, so that a weight
-// tile is read from memory once. The queue is a list of entries {GEMM2 group, GEMM1 group}; each stands for
-// group * (kGemm2Tiles + kGemm1Tiles) tasks, and a ticket names one of them. A group is appended when all its rows are here
-// and its M-blocks hold slots of the intermediate ring; its GEMM2 follows `lag` M-blocks later, or at once when processors
+// tile is read from memory once. The queue is a list of entries {GEMM1 group, GEMM2 group}; each stands for
+// group * (kGemm1Tiles + kGemm2Tiles) tasks, and a ticket names one of them. A group is appended when all its rows are here
+// and its M-blocks hold slots of the intermediate ring; its GEMM2 follows `lag` groups later, or at once when processors
 // wait for work. So a claimed task waits only for tasks with lower tickets, which run: no cycle.
 
 struct SchedulerScratch {  // local_experts words each
   u32* rows;         // per local expert, over all sources
   u32* first_group;  // groups of the experts before
-  u32* spare;
+
+  DEVICE SchedulerScratch(u32* words, int experts) : rows(words), first_group(words + experts) {}
 };
 
 // Wait for the counts of EVERY rank, also when there is nothing to do: it bounds how far a peer can run ahead.
 template <class Group>
 DEVICE bool gather_counts(Group& group, const Call& call, const SchedulerScratch& scratch) {
+  const Span span(call, Work::gather_counts, group.lane == 0);
   const MoEArgs& args = call.args;
   const int experts = args.local_experts;
   for (int slot = group.lane; slot < experts; slot += group.size) scratch.rows[slot] = 0;
@@ -21,25 +23,27 @@ DEVICE bool gather_counts(Group& group, const Call& call, const SchedulerScratch
     const u64* words = call.count_words(args.rank, source);
     bool here = true;
     if (group.lane == 0) here = wait_word(call, Await::counts, u32(source), words);
-    for (int slot = group.lane; here && slot < experts; slot += group.size) {
-      here = wait_word(call, Await::counts, u32(source), words + 1 + slot, &scratch.first_group[slot]);
-      segment(call, source, u32(slot)).rows = scratch.first_group[slot];
-      scratch.rows[slot] += scratch.first_group[slot];
+    constexpr int kBatch = 4;  // words on their way to a lane at a time; each is complete in itself
+    for (int first = group.lane; here && first < experts; first += kBatch * group.size) {
+      u64 seen[kBatch];
+      for (int i = 0; i < kBatch; ++i)
+        if (first + i * group.size < experts) seen[i] = load_relaxed(words + 1 + first + i * group.size);
+      for (int i = 0; here && i < kBatch; ++i) {
+        const int slot = first + i * group.size;
+        if (slot >= experts) break;
+        u32 rows = u32(seen[i]);
+        if (seen[i] >> 32 != call.epoch) here = wait_word(call, Await::counts, u32(source), words + 1 + slot, &rows);
+        segment(call, source, u32(slot)).rows = scratch.first_group[slot] = rows;
+        scratch.rows[slot] += rows;
+      }
     }
     if (group.any(!here)) return false;
-    exclusive_scan(group, scratch.first_group, scratch.spare, experts);
+    exclusive_scan(group, scratch.first_group, experts);
     for (int slot = group.lane; slot < experts; slot += group.size)
       segment(call, source, u32(slot)).first = scratch.first_group[slot];
     group.sync();
   }
   return true;
-}
-
-// The sum of count(slot) over the local experts; every lane gets it.
-template <class Group, class Count>
-DEVICE u32 total_of(Group& group, const SchedulerScratch& scratch, int experts, Count count) {
-  for (int slot = group.lane; slot < experts; slot += group.size) scratch.first_group[slot] = count(slot);
-  return exclusive_scan(group, scratch.first_group, scratch.spare, experts);
 }
 
 // Group `m` in expert order; `height` rows make a full one.
@@ -53,6 +57,15 @@ DEVICE ReadyBlock group_at(const SchedulerScratch& scratch, int experts, u32 hei
   const u32 first_row = (m - scratch.first_group[low]) * height;
   const u32 rest = scratch.rows[low] - first_row;
   return ReadyBlock{u32(low), first_row, rest < height ? rest : height, 0};
+}
+
+// Nothing is on its way any more, from any source.
+template <class Group>
+DEVICE bool all_arrived(Group& group, const Call& call) {
+  bool here = true;
+  for (int source = group.lane; source < call.args.world_size; source += group.size)
+    here = here && load_acquire<Scope::device>(&call.counters().arrived[source]) == kAllChunks;
+  return !group.any(!here);
 }
 
 // Rows of a source arrive in token order, so its last row of the group decides.
@@ -84,12 +97,21 @@ struct Queue {
   u32 second = 0;   // groups whose GEMM2 is in the queue
   u32 units = 0;    // M-blocks of the issued groups
   u32 retired = 0;  // leading M-blocks whose GEMM2 is finished: their ring slots are free
+  bool all_here = false;  // all rows of all sources
 };
 
 // How many M-blocks share their weight tiles: as many as an active expert has on average.
 DEVICE u32 group_size(u32 blocks, u32 active, u32 most) {
   const u32 share = active == 0 ? 1 : blocks / active;
   return share < 1 ? 1 : share < most ? share : most;
+}
+
+// The lag in groups: as many tasks between a GEMM1 and its GEMM2 as `lag` single M-blocks would put there.
+DEVICE u32 group_lag(u32 lag, u32 group) {
+  constexpr u32 kTiles = kGemm1Tiles + kGemm2Tiles;
+  if (lag == 0) return 0;
+  const u32 between = lag * kTiles - kGemm2Tiles;
+  return ((between + group - 1) / group + kGemm2Tiles + kTiles - 1) / kTiles;
 }
 
 // Append the ready ones of groups [base, base + group.size).
@@ -99,8 +121,8 @@ DEVICE void append_ready(Group& group, const Call& call, const SchedulerScratch&
   const u32 m = base + group.lane;
   const bool candidate = m < queue.groups && args.appended[m] != call.epoch;
   ReadyBlock block{};
-  if (candidate) block = group_at(scratch, args.local_experts, queue.group * kBlockM, m);
-  const bool ready = candidate && rows_arrived(call, block);
+  if (m < queue.groups) block = group_at(scratch, args.local_experts, queue.group * kBlockM, m);
+  const bool ready = candidate && (queue.all_here || rows_arrived(call, block));
   u32 total = 0;
   const u32 rank = group.exclusive_count(ready, &total);
   const u32 room = (u32(args.ring_slots) - (queue.units - queue.retired)) / queue.group;
@@ -108,13 +130,18 @@ DEVICE void append_ready(Group& group, const Call& call, const SchedulerScratch&
   // Every group takes the slots of a full one: M-blocks that are not there count as finished.
   if (ready && rank < taken) {
     const u32 issue = queue.issued + rank;
-    const int second = int(issue) - int(queue.lag);
     block.unit = queue.units + rank * queue.group;
     args.appended[m] = call.epoch;
     args.ready[issue] = block;
     for (u32 i = (block.rows + kBlockM - 1) / kBlockM; i < queue.group; ++i)
       store_relaxed(call.gemm2_done(block.unit + i), u32(kGemm2Tiles));
-    args.entries[queue.entries + rank] = QueueEntry{second >= int(queue.second) ? second : -1, int(issue)};
+  }
+  group.sync();  // a GEMM2 may be of a group that another lane has just issued
+  if (ready && rank < taken) {
+    const int second = int(queue.issued + rank) - int(queue.lag);
+    ReadyBlock* const entry = args.entries + 2 * u64(queue.entries + rank);
+    entry[0] = block;
+    entry[1] = second >= int(queue.second) ? args.ready[second] : ReadyBlock{};
   }
   queue.entries += taken;
   queue.issued += taken;
@@ -125,47 +152,77 @@ DEVICE void append_ready(Group& group, const Call& call, const SchedulerScratch&
 
 template <class Group>
 DEVICE void publish_entries(Group& group, const Call& call, const Queue& queue, bool closed) {
+  const Span span(call, Work::append, group.lane == 0, queue.entries);
   group.sync();
+  delay(call);
   if (group.lane == 0)  // pairs with wait_ready() of the processors
-    store_release<Scope::device>(&call.counters().entries, queue.entries | (closed ? kClosed : 0));
+    store_release<Scope::device>(&call.counters().queue, u64(queue.group) << 32 | queue.entries | (closed ? kClosed : 0));
+}
+
+// How the M-blocks are grouped; leaves first_group as group_at() reads it.
+template <class Group>
+DEVICE Queue plan_queue(Group& group, const Call& call, const SchedulerScratch& scratch) {
+  const MoEArgs& args = call.args;
+  const int experts = args.local_experts;
+  u32 rows = 0, blocks = 0, active = 0;
+  for (int slot = group.lane; slot < experts; slot += group.size) {
+    rows += scratch.rows[slot];
+    blocks += (scratch.rows[slot] + kBlockM - 1) / kBlockM;
+    active += u32(scratch.rows[slot] != 0);
+  }
+  rows = group.sum(rows);
+  blocks = group.sum(blocks);
+  active = group.sum(active);
+  Queue queue;
+  queue.group = group_size(blocks, active, u32(args.max_group));
+  queue.lag = group_lag(u32(args.lag), queue.group);
+  const u32 height = queue.group * kBlockM;
+  for (int slot = group.lane; slot < experts; slot += group.size)
+    scratch.first_group[slot] = (scratch.rows[slot] + height - 1) / height;
+  queue.groups = exclusive_scan(group, scratch.first_group, experts);
+  if (group.lane == 0) {
+    fetch_add_relaxed(&args.state->rows, u64(rows));
+    fetch_add_relaxed(&args.state->blocks, u64(blocks));
+  }
+  return queue;
+}
+
+// Entries for the held-back GEMM2 of groups [queue.second, last).
+template <class Group>
+DEVICE void append_second(Group& group, const Call& call, Queue& queue, u32 last) {
+  const u32 count = last - queue.second;
+  for (u32 i = group.lane; i < count; i += group.size) {
+    ReadyBlock* const entry = call.args.entries + 2 * u64(queue.entries + i);
+    entry[0] = ReadyBlock{};
+    entry[1] = call.args.ready[queue.second + i];
+  }
+  queue.entries += count;
+  queue.second = last;
 }
 
 template <class Group>
 DEVICE void schedule(Group& group, const Call& call, const SchedulerScratch& scratch) {
   const MoEArgs& args = call.args;
   if (!gather_counts(group, call, scratch)) return;
-  const int experts = args.local_experts;
-  const auto in_parts_of = [&](u32 height) {
-    return total_of(group, scratch, experts, [&](int slot) { return (scratch.rows[slot] + height - 1) / height; });
-  };
-  const u32 rows = total_of(group, scratch, experts, [&](int slot) { return scratch.rows[slot]; });
-  const u32 active = total_of(group, scratch, experts, [&](int slot) { return u32(scratch.rows[slot] != 0); });
-  const u32 blocks = in_parts_of(kBlockM);
-
-  Queue queue;
-  queue.group = group_size(blocks, active, u32(args.max_group));
-  queue.lag = (u32(args.lag) + queue.group - 1) / queue.group;
-  queue.groups = in_parts_of(queue.group * kBlockM);  // leaves first_group as group_at() reads it
-  if (group.lane == 0) call.counters().group = queue.group;  // published with the first entries
-
+  Queue queue = plan_queue(group, call, scratch);
   u32 first = 0;  // every group before it is appended; the sweep starts here
   while (queue.second < queue.groups) {
     const u32 next = queue.retired + group.lane;
     const bool done = next < queue.units && load_acquire<Scope::device>(call.gemm2_done(next)) == u32(kGemm2Tiles);
     queue.retired += group.leading(done);
+    queue.all_here = queue.all_here || all_arrived(group, call);
     const u32 before = queue.entries;
     for (u32 base = first; base < queue.groups && queue.issued < queue.groups; base += group.size) {
       if (u32(args.ring_slots) - (queue.units - queue.retired) < queue.group) break;
       append_ready(group, call, scratch, queue, base);
     }
-    // Nothing new: hand out a held-back GEMM2 if all GEMM1 are out, or if a processor waits.
-    const u32 asked = load_relaxed(&call.counters().task_ticket);
-    const u32 offered = queue.entries * queue.group * u32(kGemm1Tiles + kGemm2Tiles);
-    const bool idle = group.broadcast(asked, 0) >= offered;
-    if (queue.second < queue.issued && (queue.issued == queue.groups || (queue.entries == before && idle))) {
-      if (group.lane == 0) args.entries[queue.entries] = QueueEntry{int(queue.second), -1};
-      ++queue.entries;
-      ++queue.second;
+    // The rest of the GEMM2 when all GEMM1 are out; nothing new while a processor waits: the next GEMM2.
+    if (queue.issued == queue.groups) {
+      append_second(group, call, queue, queue.issued);
+    } else if (queue.entries == before && queue.second < queue.issued) {
+      const u32 offered = queue.entries * queue.group * u32(kGemm1Tiles + kGemm2Tiles);
+      const bool idle = group.broadcast(load_relaxed(&call.counters().task_ticket), 0) >= offered;
+      if (idle) append_second(group, call, queue, queue.second + 1);
     }
     if (queue.entries != before) publish_entries(group, call, queue, false);
     else backoff(0);
@@ -174,8 +231,4 @@ DEVICE void schedule(Group& group, const Call& call, const SchedulerScratch& scr
     if (group.any(aborted(call))) return;  // whoever waits for remote events (the subscriber) or for tasks has the deadline
   }
   publish_entries(group, call, queue, true);
-  if (group.lane == 0) {
-    fetch_add_relaxed(&args.state->rows, u64(rows));
-    fetch_add_relaxed(&args.state->blocks, u64(blocks));
-  }
 }

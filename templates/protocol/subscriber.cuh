@@ -31,6 +31,7 @@ DEVICE void subscribe(Group& group, const Call& call, u32* arrived) {
       const u32 now = leading_chunks(group, call, source, before);
       group.sync();  // every lane has read `before`, and what the lanes acquired is the group's
       if (now != before && group.lane == 0) {
+        delay(call);
         arrived[source] = now;
         store_release<Scope::device>(&call.counters().arrived[source], now);  // pairs with rows_arrived() of the scheduler
       }
@@ -39,7 +40,7 @@ DEVICE void subscribe(Group& group, const Call& call, u32* arrived) {
       if (now != kAllChunks) missing |= 1u << source;
     }
     // Signals nobody needs any more may still come: they carry this epoch in this parity, so they disturb no later call.
-    const bool done = missing == 0 || aborted(call) || (load_relaxed(&call.counters().entries) & kClosed) != 0;
+    const bool done = missing == 0 || aborted(call) || (load_relaxed(&call.counters().queue) & kClosed) != 0;
     if (group.any(done)) return;
     if (progress) deadline = Deadline{};
     bool late = false;

@@ -6,46 +6,77 @@
 constexpr Key kTaken = 0;  // below every number: taken, or never in the choice
 constexpr Key kNaN = 1;    // a NaN loses against every number, but is still an expert
 
+constexpr Key kSign = Key(1) << (8 * sizeof(Key) - 1);
+
 // Unsigned integers in the order of the numbers; -0 and +0 are one key.
 DEVICE Key key_of(Acc value) {
   if (value != value) return kNaN;
   value += Acc(0);
   Key bits;
   memcpy(&bits, &value, sizeof bits);
-  constexpr Key kSign = Key(1) << (8 * sizeof(Key) - 1);
   return (bits & kSign) != 0 ? ~bits : bits | kSign;
 }
+DEVICE Acc number_of(Key key) {  // kNaN gives a NaN
+  const Key bits = (key & kSign) != 0 ? key ^ kSign : ~key;
+  Acc value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
 
-// Which candidates are still in the choice, a bit each: lane l answers for l, l + size, ...
-template <class Group>
+// The candidates of one choice, at most kMost, as keys in registers: lane l holds those of l, l + size, ...
+template <class Group, int kMost>
 struct Choice {
-  static constexpr int kWords = (kMaxExperts / Group::size + 31) / 32;
-  u32 open[kWords] = {};
+  static constexpr int kHeld = (kMost + Group::size - 1) / Group::size;
+  static constexpr bool kCrowded = kHeld * sizeof(Key) > 32;  // what is done for all at once would not fit the registers
+  Key held[kHeld] = {};
 
-  DEVICE u32& word(int i) {
-    if constexpr (kWords == 1) return open[0];
-    else return open[i / 32];
-  }
-  DEVICE void admit(const Group& group, int first, int last) {
-    for (int i = first / Group::size; i * Group::size + group.lane < last; ++i)
-      if (i * Group::size + group.lane >= first) word(i) |= 1u << i % 32;
-  }
-  // The candidate of the largest value, ties to the lowest. Every lane gets it; it leaves the choice.
   template <class Value>
-  DEVICE int take(const Group& group, int candidates, Value value) {
+  DEVICE void admit(const Group& group, int candidates, Value value) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int candidate = i * Group::size + group.lane;
+      const bool inside = candidate < candidates;
+      const Key key = key_of(value(inside ? candidate : 0));  // a load without a branch does not wait for the one before
+      held[i] = inside ? key : kTaken;
+    }
+  }
+  // Only those of `chosen` groups of `share` candidates each stay.
+  DEVICE void keep(const Group& group, Choice& groups, int chosen, int share) {
+    u32 kept[(kHeld + 31) / 32] = {};
+#pragma unroll 1
+    for (int n = 0; n < chosen; ++n) {
+      const int first = groups.take(group) * share;
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i)
+        if (u32(i * Group::size + group.lane - first) < u32(share)) kept[i / 32] |= 1u << i % 32;
+    }
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if ((kept[i / 32] >> i % 32 & 1) == 0) held[i] = kTaken;
+  }
+  DEVICE void put(int place, Key key) {  // held[place], which no register can be indexed by
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (i == place) held[i] = key;
+  }
+  // The candidate of the largest value, ties to the lowest. Every lane gets it.
+  DEVICE int leader(const Group& group) const {
     Key best = kTaken;
     int index = group.lane;
-    for (int i = 0; i * Group::size + group.lane < candidates; ++i) {
-      const int candidate = i * Group::size + group.lane;
-      const Key key = (word(i) >> i % 32 & 1) != 0 ? key_of(value(candidate)) : kTaken;
-      if (key > best) {
-        best = key;
-        index = candidate;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (held[i] > best) {
+        best = held[i];
+        index = i * Group::size + group.lane;
       }
     }
-    const int winner = group.argmax(best, index);
-    const int i = winner / Group::size;
-    if (winner % Group::size == group.lane) word(i) &= ~(1u << i % 32);
+    return group.argmax(best, index);
+  }
+  DEVICE int take(const Group& group) {
+    const int winner = leader(group);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (i * Group::size + group.lane == winner) held[i] = kTaken;
     return winner;
   }
 };
@@ -62,22 +93,19 @@ struct Scoring {
   }
 };
 
-template <class Group>
-DEVICE Scoring scoring_of(Group& group, const Acc* logits, int experts) {
+// `choice` has the logits of all experts.
+template <class Group, int kMost>
+DEVICE Scoring scoring_of(const Group& group, const Choice<Group, kMost>& choice, const Acc* logits) {
   Scoring scoring;
   if constexpr (kSoftmax) {
-    Key best = kTaken;
-    int index = group.lane;
-    for (int e = group.lane; e < experts; e += Group::size) {
-      const Key key = key_of(logits[e]);
-      if (key > best) {
-        best = key;
-        index = e;
-      }
-    }
-    scoring.largest = logits[group.argmax(best, index)];
+    scoring.largest = logits[choice.leader(group)];
     Acc sum = 0;
-    for (int e = group.lane; e < experts; e += Group::size) sum += scoring.power(logits[e]);
+#pragma unroll
+    for (const Key key : choice.held) {
+      if (choice.kCrowded && key == kTaken) continue;
+      const Acc power = scoring.power(number_of(key));
+      sum += key != kTaken ? power : Acc(0);
+    }
     scoring.sum = group.sum(sum);
   }
   return scoring;
@@ -108,57 +136,116 @@ DEVICE Acc group_value(int first, int share, Value value) {
   }
 }
 
-// One token. `logits` [E] are complete, bias included, and visible to the whole group; they may become scores.
-template <class Group>
-DEVICE void select_experts(Group& group, const RouterArgs& args, Acc* logits, int* ids, float* weights) {
-  const int experts = args.num_experts;
-  const Scoring scoring = scoring_of(group, logits, experts);
+// The way of one token to its experts.
+template <class Group, int kMost>
+struct Selection {
+  static constexpr int kKept = (kTopK + Group::size - 1) / Group::size;
+  Acc* logits;
+  bool stored;  // else it only keeps another one company: it stores nothing
+  Choice<Group, kMost> choice;
+  Scoring scoring;
+  int kept[kKept];  // lane j % size keeps the expert of route j
+
+  DEVICE void read(const Group& group, int experts) {
+    choice.admit(group, experts, [&](int e) { return logits[e]; });
+  }
+  DEVICE void score(const Group& group) { scoring = scoring_of(group, choice, logits); }
+
   // Without a selection bias experts are compared by logit: the order is that of the scores, but different logits
   // do not tie because their scores round to the same number. Only sums of scores need the scores themselves.
-  const bool biased = args.selection_bias != nullptr;
-  if (biased) {
-    group.sync();  // every lane has read the largest logit
-    for (int e = group.lane; e < experts; e += Group::size) logits[e] = scoring.score(logits[e]);
-    group.sync();
+  DEVICE void admit(Group& group, const RouterArgs& args) {
+    const int experts = args.num_experts;
+    const bool biased = args.selection_bias != nullptr;
+    const auto value = [&](int e) { return logits[e] + (biased ? Acc(args.selection_bias[e]) : Acc(0)); };
+    if (biased) {
+      group.sync();  // every lane has read the largest logit
+#pragma unroll
+      for (int i = 0; i < choice.kHeld; ++i) {
+        const int e = i * Group::size + group.lane;
+        if (choice.kCrowded && e >= experts) break;
+        const Acc score = scoring.score(number_of(choice.held[i]));
+        if (stored && e < experts) logits[e] = score;
+      }
+      group.sync();
+      choice.admit(group, experts, value);
+    }
+    if (args.top_groups < args.num_groups) {
+      const int share = experts / args.num_groups;
+      const auto compared = [&](int e) { return kTop2Groups && !biased ? scoring.score(logits[e]) : value(e); };
+      Choice<Group, kMost> groups;
+#pragma unroll 1
+      for (int g = group.lane; g < args.num_groups; g += Group::size)
+        groups.put(g / Group::size, key_of(group_value(g * share, share, compared)));
+      choice.keep(group, groups, args.top_groups, share);
+    }
   }
-  const auto score = [&](int e) { return biased ? logits[e] : scoring.score(logits[e]); };
-  const auto value = [&](int e) { return biased ? logits[e] + Acc(args.selection_bias[e]) : logits[e]; };
 
-  Choice<Group> choice;
-  if (args.top_groups == args.num_groups) {
-    choice.admit(group, 0, experts);
+  DEVICE void finish(const Group& group, const RouterArgs& args, int* ids, float* weights) const {
+    Acc scores[kKept];
+    Acc total = 0;
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      if (i * Group::size + group.lane >= kTopK) break;
+      const Acc logit = logits[kept[i]];
+      scores[i] = args.selection_bias != nullptr ? logit : scoring.score(logit);
+      total += scores[i];
+    }
+    if constexpr (kRenormalize) total = group.sum(total);
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      const int j = i * Group::size + group.lane;
+      if (j >= kTopK || !stored) break;
+      const Acc weight = kRenormalize ? scores[i] / (total + Acc(1e-20)) : scores[i];
+      ids[j] = kept[i];
+      weights[j] = float(weight * Acc(kRoutedScale));
+    }
+  }
+};
+
+// kTokens tokens at once, whose chains of reductions overlap.
+template <int kMost, int kTokens, class Group>
+DEVICE void select_among(Group& group, const RouterArgs& args, Acc* logits, int* ids, float* weights, int tokens) {
+  using One = Selection<Group, kMost>;
+  One selections[kTokens];
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    selections[t].stored = t < tokens;
+    selections[t].logits = logits + (t < tokens ? t * args.num_experts : 0);
+    selections[t].read(group, args.num_experts);
+  }
+#pragma unroll
+  for (One& one : selections) one.score(group);
+#pragma unroll
+  for (One& one : selections) one.admit(group, args);
+#pragma unroll
+  for (int i = 0; i < One::kKept; ++i) {
+    const int left = kTopK - i * Group::size;
+#pragma unroll 1
+    for (int lane = 0; lane < left && lane < Group::size; ++lane) {
+#pragma unroll
+      for (One& one : selections) {
+        const int expert = one.choice.take(group);
+        if (lane == group.lane) one.kept[i] = expert;
+      }
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) selections[t].finish(group, args, ids + t * kTopK, weights + t * kTopK);
+}
+
+// The first `tokens` of kTokens neighbours. `logits` [tokens, E] are complete, bias included, and visible to the whole group;
+// they may become scores.
+template <int kTokens = 1, class Group>
+DEVICE void select_experts(Group& group, const RouterArgs& args, Acc* logits, int* ids, float* weights, int tokens = kTokens) {
+  const int experts = args.num_experts;
+  if (experts <= 128) {
+    select_among<128, kTokens>(group, args, logits, ids, weights, tokens);
+  } else if (experts <= 256) {
+    select_among<256, kTokens>(group, args, logits, ids, weights, tokens);
   } else {
-    const int share = experts / args.num_groups;
-    Choice<Group> groups;
-    groups.admit(group, 0, args.num_groups);
-    for (int i = 0; i < args.top_groups; ++i) {
-      const int first = share * groups.take(group, args.num_groups, [&](int g) {
-        return group_value(g * share, share, [&](int e) { return kTop2Groups && !biased ? score(e) : value(e); });
-      });
-      choice.admit(group, first, first + share);
-    }
-  }
-
-  // Lane j % size keeps route j.
-  constexpr int kKept = (kTopK + Group::size - 1) / Group::size;
-  int kept_ids[kKept];
-  Acc kept_scores[kKept];
-  Acc total = 0;
-  for (int j = 0; j < kTopK; ++j) {
-    const int expert = choice.take(group, experts, value);
-    const Acc unbiased = score(expert);
-    total += unbiased;
-    if (j % Group::size == group.lane) {
-      kept_ids[j / Group::size] = expert;
-      kept_scores[j / Group::size] = unbiased;
-    }
-  }
-  for (int i = 0; i < kKept; ++i) {
-    const int j = i * Group::size + group.lane;
-    if (j >= kTopK) break;
-    const Acc weight = kRenormalize ? kept_scores[i] / (total + Acc(1e-20)) : kept_scores[i];
-    ids[j] = kept_ids[i];
-    weights[j] = float(weight * Acc(kRoutedScale));
+#pragma unroll 1
+    for (int t = 0; t < kTokens && t < tokens; ++t)
+      select_among<kMaxExperts, 1>(group, args, logits + t * experts, ids + t * kTopK, weights + t * kTopK, 1);
   }
 }
 

@@ -7,7 +7,7 @@ static_assert(kThreads == kMmaThreads + 32);
 // Dynamic shared memory: kWorkBytes for whoever works (stages, staging, scratch), then this.
 struct BlockState {
   TaskSlot slot[2];
-  u64 broadcast;
+  u32 sums[kThreads / 32];
 };
 static_assert(kWorkBytes % 128 == 0 && kWorkBytes + sizeof(BlockState) <= kSharedBytes);
 
@@ -32,16 +32,17 @@ DEVICE void fetch_tasks(const Call& call, TaskSlot* slots) {
     TaskSlot& slot = slots[side];
     if (turn >= 2) wait_slot(kEmptyBarrier, side);
     if (warp.lane == 0) {
+      const Span span(call, Work::fetch, true, turn);
       slot.task = wait_ready(call, claim(call));
       if (aborted(call)) slot.task.kind = TaskKind::closed;
     }
     warp.sync();  // the lanes below read what the scheduler published after lane 0 acquired it
     const Task task = slot.task;
-    for (int r = warp.lane; r < int(task.block.rows); r += warp.size) {
-      const Row row = find_row(call, task.block.expert_slot, task.block.first_row + r);
+    const Span span(call, Work::resolve, warp.lane == 0, task.issue, task.column);
+    each_row(warp, call, task.block, 0, int(task.block.rows), [&](int r, const Row& row) {
       slot.row[r] = task.kind == TaskKind::gemm1 ? input_row(call, row) : output_row(call, row);
       slot.weight[r] = row.entry.weight;
-    }
+    });
     hand_over_slot(kFullBarrier, side);
     if (task.kind != TaskKind::closed) continue;
     if (turn != 0) wait_slot(kEmptyBarrier, side ^ 1);  // of the last task: no barrier is left half-arrived
@@ -65,9 +66,7 @@ DEVICE void process(BlockGroup& block, const Call& call, char* work, BlockState&
   const int processors = int(gridDim.x) - 1;
   const int planners = num_planners(call, processors);
   if (int(blockIdx.x) < planners) {
-    const int experts = call.args.num_experts;
-    u32* const words = reinterpret_cast<u32*>(work);
-    const PlannerScratch scratch{words, words + experts, words + 2 * experts, words + 3 * experts, words + 4 * experts};
+    const PlannerScratch scratch(reinterpret_cast<u32*>(work), call.args.num_experts);
     if (!plan_routes(block, call, int(blockIdx.x), planners, scratch)) return;
   }
   WarpGroup warp;
@@ -75,25 +74,26 @@ DEVICE void process(BlockGroup& block, const Call& call, char* work, BlockState&
   if (threadIdx.x < kMmaThreads) run_tasks(call, state.slot, work);
   else fetch_tasks(call, state.slot);
   // What only the combine needs is read again rather than held in registers during the tasks.
-  if (!aborted(call)) combine(warp, begin_call(call.args, blockIdx.x, gridDim.x, Role::processor));
+  if (!aborted(call)) combine(warp, begin_call(call.args, blockIdx.x, gridDim.x, Role::processor), processors * (kThreads / 32));
 }
 
 DEVICE void run_system(const Call& call, char* work) {
   WarpGroup warp;
   u32* const words = reinterpret_cast<u32*>(work);
   const int experts = call.args.local_experts;
-  if (call.role == Role::scheduler) schedule(warp, call, SchedulerScratch{words, words + experts, words + 2 * experts});
-  if (call.role == Role::subscriber) subscribe(warp, call, words + 3 * experts);
+  if (call.role == Role::scheduler) schedule(warp, call, SchedulerScratch(words, experts));
+  if (call.role == Role::subscriber) subscribe(warp, call, words + 2 * experts);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, ${plan.min_blocks})
 ${name}(const __grid_constant__ MoEArgs args) {
   extern __shared__ __align__(1024) char work[];
   BlockState& state = *reinterpret_cast<BlockState*>(work + kWorkBytes);
-  BlockGroup block{&state.broadcast};
+  BlockGroup block{state.sums};
   const bool system = blockIdx.x == gridDim.x - 1;
   const Role role = !system || threadIdx.x >= 64 ? Role::processor : threadIdx.x < 32 ? Role::scheduler : Role::subscriber;
   const Call call = begin_call(args, blockIdx.x, gridDim.x, role);
+  const Span span(call, Work::kernel, threadIdx.x == 0);
   if (system) run_system(call, work);
   else process(block, call, work, state);
   // Read again rather than held in registers all along: the epoch stands until every block has left.

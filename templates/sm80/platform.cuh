@@ -12,6 +12,12 @@ DEVICE void store_release(T* word, T value) {
   if constexpr (kScope == Scope::system) st_release_sys(word, value);
   else st_release_gpu(word, value);
 }
+// Releases many words at once: store() publishes what this thread did, or acquired, before the constructor.
+struct Release {
+  DEVICE Release() { fence_acq_rel_sys(); }
+  template <class T>
+  DEVICE void store(T* word, T value) const { st_relaxed_sys(word, value); }
+};
 // System scope costs nothing here, and a word may have a writer on another GPU.
 template <class T>
 DEVICE T load_relaxed(const T* word) { return ld_relaxed_sys(word); }
@@ -64,6 +70,7 @@ DEVICE void backoff(u32 polls) {
   if (polls >= 64) nanosleep(100);
 }
 DEVICE u64 now_ns() { return globaltimer(); }
+DEVICE u32 trace_track() { return threadIdx.x / 32; }
 DEVICE int popcount(u32 bits) { return __popc(bits); }
 DEVICE int lowest_bit(u32 bits) { return __ffs(int(bits)) - 1; }
 
@@ -94,36 +101,69 @@ struct WarpGroup {
     *total = u32(__popc(votes));
     return u32(__popc(votes & ((1u << lane) - 1)));
   }
-  DEVICE void add(u32* shared_word, u32 value) const { atomicAdd(shared_word, value); }
+  DEVICE u32 sum(u32 value) const { return __reduce_add_sync(kAll, value); }
+  DEVICE u32 exclusive_sum(u32 value, u32* total) const {  // of the lanes before mine
+    u32 upto = value;
+#pragma unroll
+    for (int distance = 1; distance < size; distance *= 2) {
+      const u32 other = __shfl_up_sync(kAll, upto, distance);
+      if (lane >= distance) upto += other;
+    }
+    *total = __shfl_sync(kAll, upto, size - 1);
+    return upto - value;
+  }
 };
 
-// All threads of the block. `word` is 8 bytes of shared memory of its own.
+// All threads of the block. `sums` is shared memory of its own, a word per warp.
 struct BlockGroup {
-  u64* word;
+  static constexpr int kPart = 32;
+  u32* sums;
   int lane = int(threadIdx.x);
   int size = int(blockDim.x);
+  int parts = int(blockDim.x) / kPart;
+  WarpGroup warp;
 
+  DEVICE int part() const { return lane / kPart; }
   DEVICE void sync() const { __syncthreads(); }
-  template <class T>
-  DEVICE T broadcast(T value, int from) const {
-    static_assert(sizeof(T) <= sizeof *word);
-    if (lane == from) *reinterpret_cast<T*>(word) = value;
-    __syncthreads();
-    const T result = *reinterpret_cast<const T*>(word);
-    __syncthreads();  // the next broadcast may overwrite it
-    return result;
-  }
   DEVICE bool any(bool predicate) const { return __syncthreads_or(predicate) != 0; }
   DEVICE void add(u32* shared_word, u32 value) const { atomicAdd(shared_word, value); }
+  DEVICE void add_all(u32* shared_word, u32 value) const {  // one addition per warp
+    const u32 sum = warp.sum(value);
+    if (warp.lane == 0 && sum != 0) atomicAdd(shared_word, sum);
+  }
+  DEVICE u32 exclusive_sum(u32 value, u32* total) const {
+    u32 of_warp = 0, before = 0;
+    const u32 mine = warp.exclusive_sum(value, &of_warp);
+    if (warp.lane == 0) sums[part()] = of_warp;
+    __syncthreads();
+    *total = 0;
+    for (int other = 0; other < parts; ++other) {
+      if (other == part()) before = *total;
+      *total += sums[other];
+    }
+    __syncthreads();  // the next sum may overwrite them
+    return before + mine;
+  }
+  // By one warp: each lane takes the next number of its counter, lane by lane.
+  DEVICE u32 take_numbers(u32* counters, u32 which, bool valid) const {
+    const u32 same = __match_any_sync(WarpGroup::kAll, which);
+    const u32 earlier = u32(__popc(same & ((1u << warp.lane) - 1)));
+    const u32 first = valid ? counters[which] : 0;
+    __syncwarp();
+    if (valid && earlier == 0) counters[which] = first + u32(__popc(same));
+    return first + earlier;
+  }
 };
 
 using Acc = ${spec.element.accumulator};
 //% if spec.element.size == 2
 // 16-bit results round away the 2 ulp of these.
 DEVICE Acc exp_of(Acc z) { return __expf(z); }
-DEVICE Acc tanh_of(Acc z) { return 1.0f - 2.0f / (1.0f + __expf(2.0f * z)); }
+DEVICE Acc divide_of(Acc a, Acc b) { return __fdividef(a, b); }
+DEVICE Acc tanh_of(Acc z) { return 1.0f - __fdividef(2.0f, 1.0f + __expf(2.0f * z)); }
 //% else
 DEVICE Acc exp_of(Acc z) { return exp(z); }
+DEVICE Acc divide_of(Acc a, Acc b) { return a / b; }
 DEVICE Acc tanh_of(Acc z) { return tanh(z); }
 //% endif
 DEVICE Acc erf_of(Acc z) { return erf(z); }

@@ -40,6 +40,7 @@ DEVICE void st_release_gpu(u32* p, u32 v) { asm volatile("st.release.gpu.global.
 DEVICE void st_release_gpu(u64* p, u64 v) { asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(v) : "memory"); }
 DEVICE void st_release_sys(u32* p, u32 v) { asm volatile("st.release.sys.global.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
 DEVICE void st_release_sys(u64* p, u64 v) { asm volatile("st.release.sys.global.b64 [%0], %1;" ::"l"(p), "l"(v) : "memory"); }
+DEVICE void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 DEVICE void st_relaxed_sys(u32* p, u32 v) { asm volatile("st.relaxed.sys.global.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
 DEVICE void st_relaxed_sys(u64* p, u64 v) { asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(p), "l"(v) : "memory"); }
 

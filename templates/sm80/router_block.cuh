@@ -1,33 +1,40 @@
 // ---- Block program of the router --------------------------------------------------------------------------------------
-// The operands of the matrix units come straight from global memory: lane l loads 16 bytes of row l / 4 of the tokens and
-// of row l / 4 of the weights, at the same k, and both are cut in the same way. The "k" of an operand is then a permutation of
-// the real one, the same on both sides, and a load needs neither shared memory nor ldmatrix.
+// An operand of the matrix units is 16 bytes: lane l has those of row l / 4 at the same k on both sides, and both are cut in
+// the same way. The "k" of an operand is then a permutation of the real one, and needs no ldmatrix.
 //
-// One order of sums for every call: chunk c (64 bytes) of a row belongs to warp c % kWarps; a warp adds its chunks in
-// ascending order, and the sums of the warps are added in the order of the warps. Narrow and wide tiles, which suit few and
-// many tokens, differ only in how many fragments a warp holds and how far ahead it loads. So a token's bits depend
-// neither on the number of tokens nor on its place among them.
+// One order of sums for every call: a step is 128 bytes of k, in two chunks of 64, and kSliceSteps neighbouring steps make a
+// slice. A slice adds its first chunks in ascending order, and apart from them its second ones; each of the two sums is added
+// up over the slices, in their order, and at last they meet. The tiles, which suit few and many tokens, only share the work
+// in different ways: a narrow one gives each warp a slice, a wide one gives the first four warps the first chunks. So a
+// token's bits depend neither on the number of tokens nor on its place among them.
 constexpr int kThreads = ${plan.threads};
 constexpr int kWarps = kThreads / 32;
+constexpr u32 kSharedBytes = ${plan.shared_bytes};
 constexpr int kFragmentTokens = kBlockTokens;
 constexpr int kFragmentExperts = ${plan.block_experts};
-constexpr int kWideRows = sizeof(Element) == 2 ? 4 : 2;      // fragments of a wide tile: what 255 registers hold
-constexpr int kWideColumns = 4;
-constexpr int kChunk = 64 / int(sizeof(Element));            // elements of a row that one load of a warp takes
-constexpr int kChunks = (kHidden + kChunk - 1) / kChunk;
-constexpr int kRound = 32 / int(sizeof(Acc));                // fragments in shared memory at a time: 32 KiB
+constexpr int kChunk = 64 / int(sizeof(Element));  // elements of a row
+constexpr int kSteps = (kHidden + 2 * kChunk - 1) / (2 * kChunk);
+constexpr int kSliceSteps = (kSteps + kWarps - 1) / kWarps;
 
 // One fragment of sums: a lane has tokens g = lane / 4 and g + 8 at experts 2 (lane % 4) and the next.
 struct alignas(16) Sums {
   Acc value[4];
+
+  DEVICE void add(const Sums& other) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value[i] += other.value[i];
+  }
 };
-struct Operand {  // 16 bytes of a row
+struct Operand {
   u32 word[4];
+
+  DEVICE explicit Operand(const uint4& bits) : word{bits.x, bits.y, bits.z, bits.w} {}
 };
 
 //% if spec.dtype == "float64"
-DEVICE double double_of(const Operand& a, int i) { return __hiloint2double(int(a.word[2 * i + 1]), int(a.word[2 * i])); }
-DEVICE void multiply(Sums& c, const Operand& low, const Operand& high, const Operand& b) {
+using Factor = Operand;
+DEVICE double double_of(const Factor& a, int i) { return __hiloint2double(int(a.word[2 * i + 1]), int(a.word[2 * i])); }
+DEVICE void multiply(Sums& c, const Factor& low, const Factor& high, const Factor& b) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     mma_m8n8k4_f64(c.value[0], c.value[1], double_of(low, i), double_of(b, i));
@@ -37,10 +44,10 @@ DEVICE void multiply(Sums& c, const Operand& low, const Operand& high, const Ope
 //% elif spec.dtype == "float32"
 // An fp32 operand is the sum of two tf32 numbers up to 2^-22 of it: three products make an fp32 router of the tf32 unit,
 // whose own rounding of the operands would swap experts. The unit truncates its sums: keep them short, and add them here.
-struct Split {
+struct Factor {
   u32 big[4], small[4];
 
-  DEVICE explicit Split(const Operand& a) {
+  DEVICE explicit Factor(const Operand& a) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       big[i] = cvt_rna_tf32_f32(a.word[i]);
@@ -52,20 +59,20 @@ DEVICE void multiply_step(float (&c)[4], const u32 (&low)[4], const u32 (&high)[
 #pragma unroll
   for (int i = 0; i < 4; i += 2) mma_m16n8k8_tf32(c, {low[i], high[i], low[i + 1], high[i + 1]}, b[i], b[i + 1]);
 }
-DEVICE void multiply(Sums& c, const Operand& low, const Operand& high, const Operand& b) {
-  const Split split_low(low), split_high(high), split_b(b);
+DEVICE void multiply(Sums& c, const Factor& low, const Factor& high, const Factor& b) {
   float part[4] = {};
-  multiply_step(part, split_low.small, split_high.small, split_b.big);
-  multiply_step(part, split_low.big, split_high.big, split_b.small);
-  multiply_step(part, split_low.big, split_high.big, split_b.big);
+  multiply_step(part, low.small, high.small, b.big);
+  multiply_step(part, low.big, high.big, b.small);
+  multiply_step(part, low.big, high.big, b.big);
 #pragma unroll
   for (int i = 0; i < 4; ++i) c.value[i] += part[i];
 }
 //% else
+using Factor = Operand;
 DEVICE void multiply_step(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   ${"mma_m16n8k16_bf16" if spec.dtype == "bfloat16" else "mma_m16n8k16_f16"}(c, a, b0, b1);
 }
-DEVICE void multiply(Sums& c, const Operand& low, const Operand& high, const Operand& b) {
+DEVICE void multiply(Sums& c, const Factor& low, const Factor& high, const Factor& b) {
 #pragma unroll
   for (int i = 0; i < 4; i += 2)
     multiply_step(c.value, {low.word[i], high.word[i], low.word[i + 1], high.word[i + 1]}, b.word[i], b.word[i + 1]);
@@ -90,128 +97,206 @@ struct SelectGroup : WarpGroup {
   }
 };
 
-// The sums of all warps for up to kRound fragments; then warp f adds up fragment f.
-static_assert(kRound <= kWarps);
-using Parts = Sums[kRound][kWarps][32];
-
 DEVICE int tiles_of(int count, int tile) { return (count + tile - 1) / tile; }
 
-// One chunk of the rows of a tile, in the registers of a warp.
-template <int kRows, int kColumns>
-struct Chunk {
-  Operand tokens[2 * kRows];  // 8 rows each
-  Operand experts[kColumns];
-};
+DEVICE void store_logit(const RouterArgs& args, int tokens, int token, int expert, Acc sum) {
+  if (token >= tokens || expert >= args.num_experts) return;
+  const Acc bias = args.logit_bias != nullptr ? Acc(args.logit_bias[expert]) : Acc(0);
+  args.logits[u64(token) * args.num_experts + expert] = sum + bias;
+}
 
-// Where a lane reads. Rows and elements beyond the end read as zero.
-template <int kRows, int kColumns>
-struct Reader {
-  const Element* token_row;
-  const Element* expert_row;
-  int tokens_left;  // from this lane's first row on
-  int experts_left;
-  int k;  // of this lane in chunk 0
-
-  DEVICE static Operand load(const Element* from, bool there) {
-    const uint4 bits = there ? *reinterpret_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
-    return Operand{{bits.x, bits.y, bits.z, bits.w}};
-  }
-  DEVICE void load(Chunk<kRows, kColumns>& chunk, int index) const {
-    const int offset = index * kChunk;
-    const bool inside = offset + k < kHidden;
-#pragma unroll
-    for (int i = 0; i < 2 * kRows; ++i)
-      chunk.tokens[i] = load(token_row + i * 8 * kHidden + offset, inside && i * 8 < tokens_left);
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i)
-      chunk.experts[i] = load(expert_row + i * 8 * kHidden + offset, inside && i * 8 < experts_left);
-  }
-};
-
-// Logits of kRows * 16 tokens and kColumns * 8 experts, by the whole block.
-template <int kRows, int kColumns>
-DEVICE void make_logits(const RouterArgs& args, Parts& parts, int tokens, int first_token, int first_expert) {
-  constexpr int kFragments = kRows * kColumns;
-  constexpr int kAhead = kFragments == 1 ? 8 : 1;  // chunks in flight per warp; a wide tile is bound by L2, not by latency
-  constexpr int kHeld = kFragments < kRound ? kFragments : kRound;
+// Logits of one fragment, straight from global memory: for few tokens, where latency is all.
+DEVICE void make_narrow(const RouterArgs& args, char* shared, int tokens, int first_token, int first_expert) {
+  constexpr int kAhead = sizeof(Element) == 2 ? 4 : 3;  // steps in flight per warp: what registers hold
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  const int row = lane / 4, k = lane % 4 * kVector;
-  const Reader<kRows, kColumns> reader{args.x + u64(first_token + row) * kHidden + k,
-                                       args.router_weight + u64(first_expert + row) * kHidden + k,
-                                       tokens - first_token - row, args.num_experts - first_expert - row, k};
-  Sums sums[kFragments] = {};
-  Chunk<kRows, kColumns> ring[kAhead];
+  const int row = lane / 4, lane_k = lane % 4 * kVector;
+  const bool low_there = first_token + row < tokens, high_there = first_token + row + 8 < tokens;
+  const bool expert_there = first_expert + row < args.num_experts;
+  const Element* const low = args.x + u64(first_token + row) * kHidden;
+  const Element* const high = low + 8 * kHidden;
+  const Element* const expert = args.router_weight + u64(first_expert + row) * kHidden;
+  const int begin = warp * kSliceSteps;
+  const int end = begin + kSliceSteps < kSteps ? begin + kSliceSteps : kSteps;
+
+  uint4 ring[kAhead][2][3];
+  const auto load = [&](uint4 (&slot)[2][3], int step) {
 #pragma unroll
-  for (int i = 0; i < kAhead; ++i) reader.load(ring[i], warp + i * kWarps);
+    for (int half = 0; half < 2; ++half) {
+      const int k = (2 * step + half) * kChunk + lane_k;
+      const bool inside = step < end && k < kHidden;  // else zeros
+      const auto vector = [&](const Element* from, bool there) {
+        return inside && there ? *reinterpret_cast<const uint4*>(from + k) : uint4{0, 0, 0, 0};
+      };
+      slot[half][0] = vector(low, low_there);
+      slot[half][1] = vector(high, high_there);
+      slot[half][2] = vector(expert, expert_there);
+    }
+  };
+  Sums sums[2] = {};
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) load(ring[i], begin + i);
 #pragma unroll 1
-  for (int start = warp; start < kChunks; start += kAhead * kWarps) {
+  for (int start = begin; start < end; start += kAhead) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (start + i * kWarps >= kChunks) break;
+      if (start + i >= end) break;
 #pragma unroll
-      for (int f = 0; f < kFragments; ++f) {
-        const Operand* const rows = &ring[i].tokens[f / kColumns * 2];
-        multiply(sums[f], rows[0], rows[1], ring[i].experts[f % kColumns]);
+      for (int half = 0; half < 2; ++half) {
+        const uint4(&rows)[3] = ring[i][half];
+        multiply(sums[half], Factor(Operand(rows[0])), Factor(Operand(rows[1])), Factor(Operand(rows[2])));
       }
-      reader.load(ring[i], start + (i + kAhead) * kWarps);
+      load(ring[i], start + i + kAhead);
     }
   }
 
+  constexpr int kSums = kFragmentTokens * kFragmentExperts;
+  using Parts = Acc[kWarps][2][kSums];
+  static_assert(sizeof(Parts) <= kSharedBytes && kSums <= kThreads);
+  Parts& parts = *reinterpret_cast<Parts*>(shared);
 #pragma unroll
-  for (int first = 0; first < kFragments; first += kHeld) {
+  for (int half = 0; half < 2; ++half) reinterpret_cast<Sums*>(parts[warp][half])[lane] = sums[half];
+  __syncthreads();
+  const int place = int(threadIdx.x);
+  if (place >= kSums) return;
+  Acc total[2] = {};
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) parts[i][warp][lane] = sums[first + i];
-    __syncthreads();
-    if (warp < kHeld) {
-      Sums total = parts[warp][0][lane];
+  for (int w = 0; w < kWarps; ++w)
 #pragma unroll
-      for (int w = 1; w < kWarps; ++w)
+    for (int half = 0; half < 2; ++half) total[half] += parts[w][half][place];
+  const int token = first_token + place / 16 + place % 4 / 2 * 8;
+  store_logit(args, tokens, token, first_expert + place / 4 % 4 * 2 + place % 2, total[0] + total[1]);
+}
+
+// Logits of 32 kSide tokens and as many experts. A stage has a step of the tokens and then of the experts, rows of 128 bytes;
+// the two chunks of an odd row are swapped, so that neither stores nor loads meet in a bank.
+template <int kSide>
+DEVICE void make_wide(const RouterArgs& args, char* shared, int tokens, int first_token, int first_expert) {
+  constexpr int kRows = 32 * kSide;
+  constexpr u32 kHalfStage = kRows * 128;
+  constexpr int kStages = kSharedBytes / (2 * kHalfStage);
+  const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  // This thread loads 16 bytes of every 32nd row.
+  const int load_row = thread / 8, load_column = thread % 8;
+  const u32 load_place = shared_address(shared) + load_row * 128 + (load_column ^ load_row % 2 * 4) * 16;
+  const Element* const token_row = args.x + u64(first_token + load_row) * kHidden;
+  const Element* const expert_row = args.router_weight + u64(first_expert + load_row) * kHidden;
+  const auto load = [&](int step, int slot) {
+    const int k = step * 2 * kChunk + load_column * kVector;
+    const u32 place = load_place + slot * 2 * kHalfStage;
+    if (step < kSteps) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) total.value[i] += parts[warp][w][lane].value[i];
-      const int f = first + warp;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = first_token + f / kColumns * kFragmentTokens + row + i / 2 * 8;
-        const int expert = first_expert + f % kColumns * kFragmentExperts + lane % 4 * 2 + i % 2;
-        if (token >= tokens || expert >= args.num_experts) continue;
-        const Acc bias = args.logit_bias != nullptr ? Acc(args.logit_bias[expert]) : Acc(0);
-        args.logits[u64(token) * args.num_experts + expert] = total.value[i] + bias;
+      for (int row = 0; row < kRows; row += 32) {
+        const bool token_there = k < kHidden && first_token + load_row + row < tokens;
+        const bool expert_there = k < kHidden && first_expert + load_row + row < args.num_experts;
+        cp_async_16(place + row * 128, token_there ? token_row + row * kHidden + k : args.x, token_there ? 16 : 0);
+        cp_async_16(place + kHalfStage + row * 128, expert_there ? expert_row + row * kHidden + k : args.router_weight,
+                    expert_there ? 16 : 0);
       }
     }
-    __syncthreads();
+    cp_async_commit_group();  // an empty group too: wait_group counts
+  };
+
+  // Warps 0 to 3 have the first chunk of a step and warps 4 to 7 the second, each for a quarter of the tile.
+  const int half = warp / 4;
+  const int warp_token = warp % 2 * 16 * kSide, warp_expert = warp / 2 % 2 * 16 * kSide;
+  const int row = lane / 4;
+  const char* const lane_place = shared + row * 128 + (half ^ row % 2) * 64 + lane % 4 * 16;
+  Sums total[kSide][2 * kSide] = {};
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) load(step, step);
+  int step = 0, slot = 0;
+#pragma unroll 1
+  while (step < kSteps) {
+    Sums sums[kSide][2 * kSide] = {};
+#pragma unroll 1
+    for (int end = step + kSliceSteps < kSteps ? step + kSliceSteps : kSteps; step < end; ++step) {
+      cp_async_wait_group<kStages - 2>();  // my part of this step is here
+      __syncthreads();                     // so is everyone's, and nobody reads the slot that the next load fills
+      load(step + kStages - 1, slot == 0 ? kStages - 1 : slot - 1);
+      const char* const stage = lane_place + slot * 2 * kHalfStage;
+      const auto factor = [&](int at) { return Factor(Operand(*reinterpret_cast<const uint4*>(stage + at * 128))); };
+#pragma unroll
+      for (int m = 0; m < kSide; ++m) {
+        const Factor low = factor(warp_token + m * 16), high = factor(warp_token + m * 16 + 8);
+#pragma unroll
+        for (int n = 0; n < 2 * kSide; ++n) multiply(sums[m][n], low, high, factor(kRows + warp_expert + n * 8));
+      }
+      slot = slot == kStages - 1 ? 0 : slot + 1;
+    }
+#pragma unroll
+    for (int m = 0; m < kSide; ++m)
+#pragma unroll
+      for (int n = 0; n < 2 * kSide; ++n) total[m][n].add(sums[m][n]);
   }
+  __syncthreads();  // the stages are free: nobody reads them, and the last groups of loads were empty
+
+  // The second chunks of a warp's part meet the first ones.
+  using Parts = Sums[kSide][2 * kSide][128];
+  static_assert(sizeof(Parts) <= kSharedBytes);
+  Parts& parts = *reinterpret_cast<Parts*>(shared);
+  const int partner = thread % 128;
+  if (half == 1) {
+#pragma unroll
+    for (int m = 0; m < kSide; ++m)
+#pragma unroll
+      for (int n = 0; n < 2 * kSide; ++n) parts[m][n][partner] = total[m][n];
+  }
+  __syncthreads();
+  if (half == 1) return;
+#pragma unroll
+  for (int m = 0; m < kSide; ++m) {
+#pragma unroll
+    for (int n = 0; n < 2 * kSide; ++n) {
+      total[m][n].add(parts[m][n][partner]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        store_logit(args, tokens, first_token + warp_token + m * 16 + row + i / 2 * 8,
+                    first_expert + warp_expert + n * 8 + lane % 4 * 2 + i % 2, total[m][n].value[i]);
+    }
+  }
+}
+
+// What a kind of tile costs: the rows it reads, times the tiles that the busiest block makes.
+DEVICE u64 cost_of(int tokens, int experts, int tile_tokens, int tile_experts) {
+  const u64 tiles = u64(tiles_of(tokens, tile_tokens)) * tiles_of(experts, tile_experts);
+  return (tiles + gridDim.x - 1) / gridDim.x * (tile_tokens + tile_experts);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 ${name}(const __grid_constant__ RouterArgs args) {
-  __shared__ Parts parts;
-  __shared__ u64 word;
-  BlockGroup block{&word};
+  extern __shared__ __align__(128) char shared[];
   SelectGroup group;
   const int tokens = token_count(args), experts = args.num_experts;
-  // Wide tiles read less from L2, but leave multiprocessors idle until there are enough of them.
-  const int wide_tiles = tiles_of(tokens, kWideRows * kFragmentTokens) * tiles_of(experts, kWideColumns * kFragmentExperts);
-  const bool wide = tokens > kFragmentTokens && wide_tiles >= int(gridDim.x) / 4;
-  const int tile_tokens = wide ? kWideRows * kFragmentTokens : kFragmentTokens;
-  const int tile_experts = wide ? kWideColumns * kFragmentExperts : kFragmentExperts;
+  int tile_tokens = kFragmentTokens, tile_experts = kFragmentExperts;
+#pragma unroll
+  for (int side = 32; side <= 64; side *= 2) {
+    if (cost_of(tokens, experts, side, side) <= cost_of(tokens, experts, tile_tokens, tile_experts)) {
+      tile_tokens = side;
+      tile_experts = side;
+    }
+  }
   const int columns = tiles_of(experts, tile_experts);
   const int tiles = tiles_of(tokens, tile_tokens) * columns;
   for (int tile = int(blockIdx.x); tile < tiles; tile += int(gridDim.x)) {
     const int band = tile / columns;  // the tokens of one row of tiles
     const int first = band * tile_tokens;
-    if (wide) make_logits<kWideRows, kWideColumns>(args, parts, tokens, first, tile % columns * tile_experts);
-    else make_logits<1, 1>(args, parts, tokens, first, tile % columns * tile_experts);
-    // The block that finishes the last tile of a band selects for its tokens. make_logits ends with a barrier, so one
-    // addition releases the logits of this block and acquires those of the others.
+    const int first_expert = tile % columns * tile_experts;
+    if (tile_tokens == 64) make_wide<2>(args, shared, tokens, first, first_expert);
+    else if (tile_tokens == 32) make_wide<1>(args, shared, tokens, first, first_expert);
+    else make_narrow(args, shared, tokens, first, first_expert);
+    // The block that finishes the last tile of a band selects for its tokens: after the barrier one addition releases
+    // the logits of this block and acquires those of the others.
+    __syncthreads();
     bool last = false;
-    if (block.lane == 0) {
+    if (threadIdx.x == 0) {
       last = fetch_add_acq_rel(args.counters + band, 1u) + 1 == u32(columns);
       if (last) store_relaxed(args.counters + band, 0u);  // as the next call wants it
     }
-    if (!block.broadcast(last, 0)) continue;
+    if (!__syncthreads_or(last)) continue;
+    constexpr int kTogether = sizeof(Acc) == 4 ? 2 : 1;  // tokens of a warp at a time
     const int end = first + tile_tokens < tokens ? first + tile_tokens : tokens;
-    for (int token = first + block.lane / 32; token < end; token += kWarps)
-      select_experts(group, args, args.logits + u64(token) * experts, args.topk_ids + u64(token) * kTopK,
-                     args.topk_weights + u64(token) * kTopK);
+    for (int token = first + int(threadIdx.x) / 32 * kTogether; token < end; token += kWarps * kTogether)
+      select_experts<kTogether>(group, args, args.logits + u64(token) * experts, args.topk_ids + u64(token) * kTopK,
+                                args.topk_weights + u64(token) * kTopK, end - token);
   }
 }

@@ -88,6 +88,7 @@ DEVICE void gemm1_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums
 DEVICE void gemm1_tile(const Call& call, const TaskSlot& slot, char* work) {
   const MoEArgs& args = call.args;
   const Task task = slot.task;
+  const Span span(call, Work::gemm1, threadIdx.x == 0, task.issue, task.column);
   const int rows = int(task.block.rows);
   const int first = int(task.column) * kIntermediateColumns;
   const RowLoader row_loader(args.x, [&](int r) { return r < rows ? slot.row[r] : nullptr; });
@@ -128,6 +129,7 @@ DEVICE void gemm2_epilogue(const MoEArgs& args, const Task& task, const Sums& su
 DEVICE void gemm2_tile(const Call& call, const TaskSlot& slot, char* work) {
   const MoEArgs& args = call.args;
   const Task task = slot.task;
+  const Span span(call, Work::gemm2, threadIdx.x == 0, task.issue, task.column);
   const int rows = int(task.block.rows);
   const int first = int(task.column) * kBlockN;
   const Element* const block = intermediate_row(call, task.issue, 0);

@@ -1,7 +1,7 @@
 // ---- Block program: the last block of the grid runs the OS, all others process ----------------------------------------
 // A processor is one warpgroup that fetches tasks and loads, and two that multiply. The loading warps have one job each: fetch
-// (claim a ticket, wait for its entry, look up its rows), TMA, gather. They wait for each other and for the consumers
-// through mbarriers alone, so each is as far ahead as its input allows.
+// (claim a ticket, wait for its entry, look up its rows), TMA, gather, publish. They wait for each other and for the
+// consumers through mbarriers alone, so each is as far ahead as its input allows.
 constexpr int kThreads = ${plan.threads};
 static_assert(kThreads == 128 + kConsumerThreads);
 
@@ -15,53 +15,63 @@ static_assert(kLoaderRegisters + kConsumers * kConsumerRegisters <= (1 + kConsum
 constexpr u32 kSlots = 2;
 struct BlockState {
   TaskSlot slot[kSlots];
-  u64 broadcast;
+  u32 sums[kThreads / 32];  // an even number of them
   u64 stage_full[kStages], stage_empty[kStages];  // mbarriers
   u64 slot_full[kSlots], slot_empty[kSlots];
+  u64 near_end;        // the loads of a task are nearly all issued: time to claim the next
+  u64 stored[kSlots];  // the consumers have stored a task's results; tasks that do not exist take no turn
 };
 static_assert(kWorkBytes % 128 == 0 && kWorkBytes + sizeof(BlockState) <= kSharedBytes);
 
-constexpr u32 kLoaderBarrier = 2;
-constexpr u32 kSlotUsers = 1 + kGatherWarps + kConsumerWarps;  // warps that read a task: TMA, gather, consumers
+constexpr u32 kConsumerBarrier = 1, kLoaderBarrier = 2;  // 0 is __syncthreads()
+constexpr u32 kSlotUsers = 3 + kConsumerWarps;  // warps that read a task: TMA, gather, publish, consumers
 
 DEVICE void init_barriers(BlockState& state, const Pipeline& pipeline) {
   pipeline.init();
+  mbarrier_init(shared_address(&state.near_end), 1);
   for (u32 side = 0; side < kSlots; ++side) {
     mbarrier_init(shared_address(&state.slot_full[side]), 32);  // every lane of the fetch warp publishes its rows
     mbarrier_init(shared_address(&state.slot_empty[side]), kSlotUsers);
+    mbarrier_init(shared_address(&state.stored[side]), kConsumerWarps);
   }
   fence_mbarrier_init();
 }
 
+// A claim binds a task to this processor, so none is made before its loads can soon begin: another may be idle.
 DEVICE void fetch_tasks(const Call& call, BlockState& state) {
   WarpGroup warp;
   Turn<kSlots> turn;
+  Turn<1> claimed;
   while (true) {
     TaskSlot& slot = state.slot[turn.index];
     wait_barrier(shared_address(&state.slot_empty[turn.index]), turn.phase ^ 1);
     if (warp.lane == 0) {
+      const Span span(call, Work::fetch, true);
       slot.task = wait_ready(call, claim(call));
       slot.spoiled = 0;
       if (aborted(call)) slot.task.kind = TaskKind::closed;
     }
     warp.sync();  // the lanes below read what the scheduler published after lane 0 acquired it
     const Task task = slot.task;
-    for (int r = warp.lane; r < kBlockM; r += warp.size) {
-      slot.from[r] = nullptr;
-      if (r >= int(task.block.rows)) continue;
-      const Row row = find_row(call, task.block.expert_slot, task.block.first_row + r);
+    const Span span(call, Work::resolve, warp.lane == 0, task.issue, task.column);
+    const int rows = int(task.block.rows);
+    for (int r = rows + warp.lane; r < kBlockM; r += warp.size) slot.from[r] = nullptr;
+    each_row(warp, call, task.block, 0, rows, [&](int r, const Row& row) {
       Element* const between = intermediate_row(call, task.issue, r);
       slot.from[r] = task.kind == TaskKind::gemm1 ? input_row(call, row) : between;
       slot.to[r] = task.kind == TaskKind::gemm1 ? between : output_row(call, row);
       slot.weight[r] = row.entry.weight;
-    }
+    });
     mbarrier_arrive(shared_address(&state.slot_full[turn.index]));
     if (task.kind == TaskKind::closed) return;
     turn.advance();
+    if (task.kind == TaskKind::none) continue;
+    wait_barrier(shared_address(&state.near_end), claimed.phase);
+    claimed.advance();
   }
 }
 
-// Every warp but the fetcher: run(slot) for each task, in ticket order, until there are no more.
+// TMA, gather and consumer warps: run(slot) for each task, in ticket order, until there are no more.
 template <class Run>
 DEVICE void each_task(BlockState& state, Run run) {
   Turn<kSlots> turn;
@@ -77,6 +87,26 @@ DEVICE void each_task(BlockState& state, Run run) {
   }
 }
 
+// As each_task, but the slot is given back before the task is published.
+DEVICE void publish_tasks(const Call& call, BlockState& state) {
+  Turn<kSlots> turn, stored;
+  while (true) {
+    const TaskSlot& slot = state.slot[turn.index];
+    wait_barrier(shared_address(&state.slot_full[turn.index]), turn.phase);
+    const Task task = slot.task;
+    if (task.kind == TaskKind::closed) return;
+    if (task.kind != TaskKind::none) {
+      wait_barrier(shared_address(&state.stored[stored.index]), stored.phase);
+      stored.advance();
+    }
+    const bool publish = task.kind != TaskKind::none && slot.spoiled == 0;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state.slot_empty[turn.index]));
+    turn.advance();
+    if (publish) publish_task(call, task);
+  }
+}
+
 DEVICE void load_tasks(const Call& call, const WeightMaps& maps, BlockState& state, const Pipeline& pipeline) {
   const u32 warp = threadIdx.x / 32;
   StageTurn turn;
@@ -84,18 +114,25 @@ DEVICE void load_tasks(const Call& call, const WeightMaps& maps, BlockState& sta
     fetch_tasks(call, state);
   } else if (warp == 1) {
     each_task(state, [&](const TaskSlot& slot) {
-      if (threadIdx.x % 32 == 0) load_task_weights(maps, slot.task, pipeline, turn);
+      if (threadIdx.x % 32 == 0)
+        load_task_weights(call, maps, slot.task, pipeline, turn, [&] { mbarrier_arrive(shared_address(&state.near_end)); });
     });
+  } else if (warp == 2) {
+    each_task(state, [&](TaskSlot& slot) { gather_task_rows(call, slot, pipeline, turn); });
   } else {
-    each_task(state, [&](TaskSlot& slot) { gather_task_rows(call, slot, threadIdx.x - 64, pipeline, turn); });
+    publish_tasks(call, state);
   }
 }
 
 DEVICE void consume_tasks(const Call& call, BlockState& state, char* work, const Pipeline& pipeline) {
   StageTurn turn;
+  Turn<kSlots> stored;
   each_task(state, [&](const TaskSlot& slot) {
     if (slot.task.kind == TaskKind::gemm1) consume_gemm1(call, slot, work, pipeline, turn);
     else consume_gemm2(call, slot, work, pipeline, turn);
+    __syncwarp();  // the warp's stores are before its arrival, and that is before the publisher's release
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state.stored[stored.index]));
+    stored.advance();
   });
 }
 
@@ -103,9 +140,7 @@ DEVICE void process(BlockGroup& block, const Call& call, const WeightMaps& maps,
   const int processors = int(gridDim.x) - 1;
   const int planners = num_planners(call, processors);
   if (int(blockIdx.x) < planners) {
-    const int experts = call.args.num_experts;
-    u32* const words = reinterpret_cast<u32*>(work);
-    const PlannerScratch scratch{words, words + experts, words + 2 * experts, words + 3 * experts, words + 4 * experts};
+    const PlannerScratch scratch(reinterpret_cast<u32*>(work), call.args.num_experts);
     if (!plan_routes(block, call, int(blockIdx.x), planners, scratch)) return;
   }
   WarpGroup warp;
@@ -125,19 +160,19 @@ DEVICE void process(BlockGroup& block, const Call& call, const WeightMaps& maps,
   } else {
     setmaxnreg_inc<kConsumerRegisters>();
     consume_tasks(again(), state, work, pipeline);
-    sync_consumers();
+    bar_sync(kConsumerBarrier, kConsumerThreads);
     setmaxnreg_dec<kLaunchRegisters>();
   }
   const Call end = again();
-  if (!aborted(end)) combine(warp, end);
+  if (!aborted(end)) combine(warp, end, processors * (kThreads / 32));
 }
 
 DEVICE void run_system(const Call& call, char* work) {
   WarpGroup warp;
   u32* const words = reinterpret_cast<u32*>(work);
   const int experts = call.args.local_experts;
-  if (call.role == Role::scheduler) schedule(warp, call, SchedulerScratch{words, words + experts, words + 2 * experts});
-  if (call.role == Role::subscriber) subscribe(warp, call, words + 3 * experts);
+  if (call.role == Role::scheduler) schedule(warp, call, SchedulerScratch(words, experts));
+  if (call.role == Role::subscriber) subscribe(warp, call, words + 2 * experts);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, ${plan.min_blocks})
@@ -146,10 +181,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, ${plan.min_blocks})
         const __grid_constant__ TensorMap up_map, const __grid_constant__ TensorMap down_map) {
   extern __shared__ __align__(1024) char work[];
   BlockState& state = *reinterpret_cast<BlockState*>(work + kWorkBytes);
-  BlockGroup block{&state.broadcast};
+  BlockGroup block{state.sums};
   const bool system = blockIdx.x == gridDim.x - 1;
   const Role role = !system || threadIdx.x >= 64 ? Role::processor : threadIdx.x < 32 ? Role::scheduler : Role::subscriber;
   const Call call = begin_call(args, blockIdx.x, gridDim.x, role);
+  const Span span(call, Work::kernel, threadIdx.x == 0);
   if (system) run_system(call, work);
   else process(block, call, WeightMaps{&gate_map, &up_map, &down_map}, work, state);
   leave(block, begin_call(args, blockIdx.x, gridDim.x, role), blockIdx.x, gridDim.x);

@@ -1,13 +1,11 @@
 // ---- The pipeline: stages in shared memory between one block's loaders and its two consumer warpgroups ---------------------
 // A stage holds one k step of kBlockM rows and kBlockN weight rows, 128 bytes each. It is full when the TMA has brought the
-// weights and every gather warp its rows; it is empty when every consumer warp has multiplied it. Whoever uses the pipeline
+// weights and the gather warp the rows; it is empty when every consumer warp has multiplied it. Whoever uses the pipeline
 // counts its own turns, over all tasks: the loaders are up to kStages steps ahead, also into the next task.
 constexpr int kStages = ${tile.stages};
 constexpr int kConsumers = kBlockM / 64;  // warpgroups
 constexpr int kConsumerWarps = kConsumers * 4;
 constexpr int kConsumerThreads = kConsumers * 128;
-constexpr int kGatherWarps = 2;
-constexpr int kGatherThreads = kGatherWarps * 32;
 
 constexpr int kRowBytes = kBlockK * int(sizeof(Element));
 constexpr u32 kRowStageBytes = kBlockM * kRowBytes;
@@ -53,18 +51,22 @@ struct Pipeline {
 
   DEVICE void init() const {
     for (u32 stage = 0; stage < kStages; ++stage) {
-      mbarrier_init(full_barriers + stage * 8, 1 + kGatherWarps);
+      mbarrier_init(full_barriers + stage * 8, 2);  // TMA and gather
       mbarrier_init(empty_barriers + stage * 8, kConsumerWarps);
     }
   }
 };
 
 // ---- Loaders ----
-// Weights by TMA, issued by one thread. load(to, barrier, k) issues the kWeightStageBytes of a step.
-template <int kDepth, class Load>
-DEVICE void load_weights(const Pipeline& pipeline, StageTurn& turn, Load load) {
+// Weights by TMA, issued by one thread. load(to, barrier, k) issues the kWeightStageBytes of a step; near_end() is called
+// kNearEnd steps before the last.
+constexpr int kNearEnd = ${plan.near_end};
+
+template <int kDepth, class Load, class NearEnd>
+DEVICE void load_weights(const Pipeline& pipeline, StageTurn& turn, Load load, NearEnd near_end) {
 #pragma unroll 1
   for (int step = 0; step < kSteps<kDepth>; ++step) {
+    if (step == (kSteps<kDepth> > kNearEnd ? kSteps<kDepth> - kNearEnd : 0)) near_end();
     pipeline.wait_empty(turn);
     mbarrier_arrive_expect_tx(pipeline.full(turn), kWeightStageBytes);
     load(pipeline.weights(turn), pipeline.full(turn), step * kBlockK);
@@ -73,37 +75,38 @@ DEVICE void load_weights(const Pipeline& pipeline, StageTurn& turn, Load load) {
 }
 
 // Rows anywhere in memory, by cp.async into the layout that TMA gives the weights: the 16-byte chunk of a row is permuted by
-// row % 8. A thread loads the same chunk of every kRowsPerPass-th row; absent rows are zeros.
+// row % 8. A lane of the warp loads the same two chunks of every 8th row; absent rows are zeros.
 struct RowGather {
-  static constexpr int kRowsPerPass = kGatherThreads / 8;
   static constexpr int kBatch = 8;  // rows located before the first copy: addresses in registers are few here
-  static_assert(kRowsPerPass % 8 == 0, "all rows of a thread have one swizzle");
-  static_assert(kBlockM % (kBatch * kRowsPerPass) == 0);
-  u32 thread;                  // of kGatherThreads
+  static_assert(kBlockM % (kBatch * 8) == 0);
+  u32 lane;
   const Element* const* rows;  // of the M-block, in shared memory; null: absent
   const void* anywhere;        // an address to name without reading it
 
   template <int kDepth>
   DEVICE void load(u32 stage, int step) const {
-    const u32 first = thread / 8, byte = thread % 8 * 16;
-    const u32 to = stage + first * kRowBytes + (byte ^ first % 8 * 16);
+    const u32 first = lane / 4, byte = lane % 4 * 16;
+    const u32 low = stage + first * kRowBytes + (byte ^ first * 16);
+    const u32 high = stage + first * kRowBytes + (byte + 64 ^ first * 16);
     const u32 at = u32(step) * kRowBytes + byte;
-    const bool inside = at < kDepth * sizeof(Element);
+    const bool low_inside = at < kDepth * sizeof(Element), high_inside = at + 64 < kDepth * sizeof(Element);
 #pragma unroll
-    for (int start = 0; start < kBlockM; start += kBatch * kRowsPerPass) {
+    for (int start = 0; start < kBlockM; start += kBatch * 8) {
       const char* from[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        from[i] = reinterpret_cast<const char*>(inside ? rows[first + start + i * kRowsPerPass] : nullptr);
+      for (int i = 0; i < kBatch; ++i) from[i] = reinterpret_cast<const char*>(rows[first + start + i * 8]);
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        cp_async_16(to + (start + i * kRowsPerPass) * kRowBytes, from[i] != nullptr ? from[i] + at : anywhere,
-                    from[i] != nullptr ? 16 : 0);
+      for (int i = 0; i < kBatch; ++i) {
+        const u32 row = (start + i * 8) * kRowBytes;
+        const bool take_low = from[i] != nullptr && low_inside, take_high = from[i] != nullptr && high_inside;
+        cp_async_16(low + row, take_low ? from[i] + at : anywhere, take_low ? 16 : 0);
+        cp_async_16(high + row, take_high ? from[i] + at + 64 : anywhere, take_high ? 16 : 0);
+      }
     }
   }
 };
 
-// By every gather warp. A step is handed over kLanding steps after it was issued. Consumers give a stage back when they have
+// By the gather warp. A step is handed over kLanding steps after it was issued. Consumers give a stage back when they have
 // the next one, so more than kStages - 2 steps on their way would wait for each other. ready(step) returns when the step's
 // rows may be read. Nothing is on its way when this returns: the next task may have to wait for what this one makes.
 template <int kDepth, class Ready>
@@ -113,7 +116,7 @@ DEVICE void gather_rows(const Pipeline& pipeline, StageTurn& turn, const RowGath
   const auto hand_over = [&] {
     fence_proxy_async_shared();  // each lane's copies are ordinary writes: pairs with the consumers' wait and their wgmma
     __syncwarp();
-    if (gather.thread % 32 == 0) mbarrier_arrive(pipeline.full(landed));
+    if (gather.lane == 0) mbarrier_arrive(pipeline.full(landed));
     landed.advance();
   };
 #pragma unroll 1

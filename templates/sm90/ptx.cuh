@@ -26,10 +26,22 @@ DEVICE bool mbarrier_try_wait_parity(u32 barrier, u32 parity) {
 DEVICE void fence_proxy_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Data Movement and Conversion, cp.async.bulk.tensor: the box of the map at (k, row, matrix); what lies outside is zero.
-DEVICE void cp_async_bulk_tensor_3d(u32 to, const TensorMap* map, u32 barrier, int k, int row, int matrix) {
+DEVICE void cp_async_bulk_tensor_3d(u32 to, const TensorMap* map, u32 barrier, int k, int row, int matrix, u64 policy) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
-      ::"r"(to), "l"(map), "r"(barrier), "r"(k), "r"(row), "r"(matrix) : "memory");
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;"
+      ::"r"(to), "l"(map), "r"(barrier), "r"(k), "r"(row), "r"(matrix), "l"(policy) : "memory");
+}
+// createpolicy: when such lines leave L2, compared with others.
+DEVICE u64 createpolicy_evict_first() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  return policy;
+}
+DEVICE u64 createpolicy_evict_normal() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy));
+  return policy;
 }
 
 // Miscellaneous, setmaxnreg: by all warps of a warpgroup, which are in step before the next one.

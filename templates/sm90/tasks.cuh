@@ -1,7 +1,6 @@
 // ---- The two GEMM tasks, each as its loaders and its consumers see it ---------------------------------------------------
 constexpr int kWorkBytes = ${plan.work_bytes};  // of dynamic shared memory: the stages, then a patch per consumer warp
 constexpr int kSharedBytes = ${plan.shared_bytes};
-constexpr u32 kConsumerBarrier = 1;  // barrier 0 is __syncthreads()
 
 // A task and its M-block's rows, resolved by the fetch warp while the task before runs.
 struct TaskSlot {
@@ -18,29 +17,49 @@ struct WeightMaps {
   const TensorMap* down;
 };
 
-DEVICE void sync_consumers() { bar_sync(kConsumerBarrier, kConsumerThreads); }
+// One lane of each consumer warpgroup records what the warpgroup does.
+DEVICE Span span_of(const Call& call, Work work, const Task& task) {
+  return Span(call, work, threadIdx.x % 128 == 0, task.issue, task.column);
+}
+
+// In a trace, the wait for the first stage of a task stands apart from its products.
+DEVICE void trace_fill(const Call& call, const Task& task, const Pipeline& pipeline, const StageTurn& turn) {
+  if constexpr (kTrace) {
+    const Span span = span_of(call, Work::fill, task);
+    pipeline.wait_full(turn);
+  }
+}
 
 // ---- Loading weights ----
-DEVICE void load_task_weights(const WeightMaps& maps, const Task& task, const Pipeline& pipeline, StageTurn& turn) {
+template <class NearEnd>
+DEVICE void load_task_weights(
+    const Call& call, const WeightMaps& maps, const Task& task, const Pipeline& pipeline, StageTurn& turn, NearEnd near_end) {
+  const Span span(call, Work::weights, true, task.issue, task.column);
   const int expert = int(task.block.expert_slot);
+  // The weights of an expert with one M-block are read once: they should not drive rows, results and this code out of L2.
+  const bool once = task.block.first_row == 0 && task.block.rows < kBlockM;
+  const u64 policy = once ? createpolicy_evict_first() : createpolicy_evict_normal();
   if (task.kind == TaskKind::gemm1) {
     const int first = int(task.column) * kIntermediateColumns;
-    load_weights<kHidden>(pipeline, turn, [&](u32 to, u32 full, int k) {
+    const auto load = [&](u32 to, u32 full, int k) {
       // All gate rows, then all up rows: one thread gets gate and up of a column half a tile apart.
-      if constexpr (kGated) cp_async_bulk_tensor_3d(to, maps.gate, full, k, first, expert);
-      cp_async_bulk_tensor_3d(to + (kGated ? kWeightStageBytes / 2 : 0), maps.up, full, k, first, expert);
-    });
+      if constexpr (kGated) cp_async_bulk_tensor_3d(to, maps.gate, full, k, first, expert, policy);
+      cp_async_bulk_tensor_3d(to + (kGated ? kWeightStageBytes / 2 : 0), maps.up, full, k, first, expert, policy);
+    };
+    load_weights<kHidden>(pipeline, turn, load, near_end);
   } else {
     const int first = int(task.column) * kBlockN;
-    load_weights<kIntermediate>(pipeline, turn, [&](u32 to, u32 full, int k) {
-      cp_async_bulk_tensor_3d(to, maps.down, full, k, first, expert);
-    });
+    const auto load = [&](u32 to, u32 full, int k) {
+      cp_async_bulk_tensor_3d(to, maps.down, full, k, first, expert, policy);
+    };
+    load_weights<kIntermediate>(pipeline, turn, load, near_end);
   }
 }
 
 // ---- Loading rows ----
-DEVICE void gather_task_rows(const Call& call, TaskSlot& slot, u32 thread, const Pipeline& pipeline, StageTurn& turn) {
-  const RowGather gather{thread, slot.from, call.args.x};
+DEVICE void gather_task_rows(const Call& call, TaskSlot& slot, const Pipeline& pipeline, StageTurn& turn) {
+  const RowGather gather{threadIdx.x % 32, slot.from, call.args.x};
+  const Span span(call, Work::gather, gather.lane == 0, slot.task.issue, slot.task.column);
   if (slot.task.kind == TaskKind::gemm1) {
     gather_rows<kHidden>(pipeline, turn, gather, [](int) {});
   } else {
@@ -130,15 +149,16 @@ DEVICE void gemm1_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums
 }
 
 DEVICE void consume_gemm1(const Call& call, const TaskSlot& slot, char* work, const Pipeline& pipeline, StageTurn& turn) {
+  const Span span = span_of(call, Work::gemm1, slot.task);
+  trace_fill(call, slot.task, pipeline, turn);
   if (int(slot.task.block.rows) > int(consumer()) * 64) {
     Sums sums;
     multiply_tile<kHidden>(sums, pipeline, turn);
+    const Span epilogue = span_of(call, Work::epilogue, slot.task);
     gemm1_epilogue(call.args, slot, sums, my_patch(work));
   } else {
     pass_tile<kHidden>(pipeline, turn);
   }
-  sync_consumers();  // everyone's stores are before the release in publish_gemm1()
-  if (threadIdx.x == 128) publish_gemm1(call, slot.task);
 }
 
 // ---- GEMM2: columns [column * kBlockN, ...) of the expert's result ----
@@ -155,19 +175,26 @@ DEVICE void gemm2_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums
 }
 
 DEVICE void consume_gemm2(const Call& call, const TaskSlot& slot, char* work, const Pipeline& pipeline, StageTurn& turn) {
-  const int rows = int(slot.task.block.rows);
-  if (rows > int(consumer()) * 64) {
+  const Span span = span_of(call, Work::gemm2, slot.task);
+  trace_fill(call, slot.task, pipeline, turn);
+  if (int(slot.task.block.rows) > int(consumer()) * 64) {
     Sums sums;
     multiply_tile<kIntermediate>(sums, pipeline, turn);
+    const Span epilogue = span_of(call, Work::epilogue, slot.task);
     if (slot.spoiled == 0) gemm2_epilogue(call.args, slot, sums, my_patch(work));
   } else {
     pass_tile<kIntermediate>(pipeline, turn);
   }
-  if (slot.spoiled != 0) return;
-  sync_consumers();  // everyone's stores are before the release in publish_gemm2()
-  const bool finisher = threadIdx.x == 128 && publish_gemm2(call, slot.task);
-  if (!bar_red_or(kConsumerBarrier, kConsumerThreads, finisher)) return;
-  WarpGroup warp;  // all tiles of the M-block are before this barrier: each warp returns its share of the rows
-  const int share = int(threadIdx.x) / 32 - 4;
-  return_rows(warp, call, slot.task.block, rows * share / kConsumerWarps, rows * (share + 1) / kConsumerWarps);
+}
+
+// ---- Publishing, by a warp of its own: a release waits for the stores of the whole block, the matrix units must not ----
+DEVICE void publish_task(const Call& call, const Task& task) {
+  WarpGroup warp;
+  if (task.kind == TaskKind::gemm1) {
+    if (warp.lane == 0) publish_gemm1(call, task);
+  } else {
+    bool finisher = false;
+    if (warp.lane == 0) finisher = publish_gemm2(call, task);
+    if (warp.any(finisher)) return_rows(warp, call, task.block, 0, int(task.block.rows));
+  }
 }

@@ -18,6 +18,8 @@ def test_example(name: str) -> None:
     if name == "torch_layer":
         pytest.importorskip("torch", reason="torch is not installed")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    run = subprocess.run([sys.executable, str(ROOT / "examples" / f"{name}.py")], capture_output=True, text=True, env=environment)
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / f"{name}.py")], capture_output=True, text=True, env=environment
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout

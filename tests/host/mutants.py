@@ -19,7 +19,7 @@ MUTANTS = {
         "store_relaxed(call.chunk_words(rank, args.rank) + chunk, call.word(1));",
     ),
     "dropped release of returns": (
-        "store_release<Scope::system>(call.return_word(row.source, row.token(), row.slot()), call.word(1));",
+        "release.store(call.return_word(row.source, row.token(), row.slot()), call.word(1));",
         "store_relaxed(call.return_word(row.source, row.token(), row.slot()), call.word(1));",
     ),
     "dispatch does not wait for lists": (

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import flashmoe_gen as fmg
 from flashmoe_gen import compile as compile_module
-from flashmoe_gen.cli import checks, main, problem
+from flashmoe_gen.cli import checks, demo, main, problem
 
 TINY = "--set hidden_size=64 --set intermediate_size=32 --set top_k=2"
 TINY_DEMO = f"demo {TINY} --experts 8 --tokens 5 --ranks 3"
@@ -78,6 +80,8 @@ def test_help_and_version(run: Runner) -> None:
         ("compile --model olmoe-1b-7b --arch sm_80 --set stages=1", "stages=1 is not valid on sm_80"),
         ("demo --ranks 9", "--ranks"),
         ("demo --experts 4", "top_k=8 is not valid"),
+        ("demo --target tpu", "--target tpu is not valid. Must be host or cuda."),
+        ("demo --target cuda --experts 4", "top_k=8 is not valid"),
     ],
 )
 def test_wrong_usage(run: Runner, line: str, message: str) -> None:
@@ -206,6 +210,7 @@ def test_info(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_demo(run: Runner) -> None:
     found = run.json(TINY_DEMO)
+    assert (found["target"], found["device"]) == ("host", "cpu") and len(found["gpu_kernels"]) == 7
     assert found["passed"] and all(check["passed"] for check in found["checks"]) and len(found["checks"]) == 5
     assert [rank["tokens"] for rank in found["ranks"]] == [5, 5, 5]
     assert sum(rank["rows"] for rank in found["ranks"]) == sum(rank["routes"] for rank in found["ranks"]) == 3 * 5 * 2
@@ -235,5 +240,56 @@ def test_demo_without_memory(run: Runner, monkeypatch: pytest.MonkeyPatch) -> No
     assert "Try a smaller model." in run("demo", 1)[1]
 
 
-def test_demo_on_a_gpu_is_refused(run: Runner) -> None:
-    assert "the demo runs on the host target alone" in run("demo --target cuda", 1)[1]
+def test_demo_on_a_gpu_without_cupy(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    out, err = run("demo --target cuda", 1)
+    assert out == "" and "pip install 'flashmoe_gen[cu12]'" in err and "Traceback" not in err
+    assert run.json("demo --target cuda", 1)["error"]["type"] == "UnsupportedError"
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [("cudaErrorInsufficientDriver: x", "no NVIDIA driver"), ("cudaErrorNoDevice: x", "finds no GPU")],
+)
+def test_demo_on_a_gpu_without_driver_or_gpu(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, reason: str, message: str
+) -> None:
+    def count() -> int:
+        raise RuntimeError(reason)
+
+    runtime = SimpleNamespace(getDeviceCount=count)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: object())
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    out, err = run("demo --target cuda", 1)
+    assert out == "" and message in err and "Traceback" not in err
+    assert run.json("demo --target cuda", 1)["error"]["type"] == "FlashMoEError"
+
+
+class Gpu:
+    """What the demo asks a GPU's target before it runs anything there."""
+
+    name, arch, device, multiprocessors, system_workers = "cuda", "sm_90a", "cuda:0", 132, 1
+
+
+def test_demo_without_gpu_memory(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "CudaTarget", Gpu)
+    monkeypatch.setattr(demo, "device_name", lambda: "a GPU")
+    monkeypatch.setattr(problem, "available_bytes", lambda: 64 << 30)
+    weights = problem.weight_bytes(fmg.MoESpec.preset("qwen3-30b-a3b", max_tokens=64))
+    monkeypatch.setattr(problem, "free_gpu_bytes", lambda: (512 << 20) + weights)  # heaps and workspaces are missing
+    assert re.search(
+        r"This needs 1\.\d+ GiB of GPU memory, .* 1\.62 GiB are free\. Try", run("demo --target cuda", 1)[1]
+    )
+    monkeypatch.setattr(problem, "available_bytes", lambda: 1 << 30)
+    assert "of memory, of which" in run("demo --target cuda", 1)[1]
+
+
+def test_bounds_of_float32() -> None:
+    spec = fmg.MoESpec(64, 32, 8, 2, max_tokens=1, dtype="float32")
+    host, gpu = fmg.default_tile(spec, "host"), fmg.default_tile(spec, "sm_90a")
+    assert (
+        checks.output_bound(spec, host, gpu=False)
+        == checks.output_bound(spec, gpu.replace(math="ffma"), gpu=True)
+        == 1e-5
+    )
+    assert checks.output_bound(spec, gpu, gpu=True) == 1e-3

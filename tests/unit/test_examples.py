@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 
 
 def run(name: str, *words: str) -> str:
@@ -18,6 +22,14 @@ def run(name: str, *words: str) -> str:
 def test_host_layer() -> None:
     output = run("host_layer.py")
     assert "rank 0: 100 tokens" in output and "rank 1: 3 tokens" in output
+
+
+@pytest.mark.parametrize("name", ["gpu_layer", "torch_layer"])
+def test_the_readme_shows_the_example(name: str) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    _, _, code = (EXAMPLES / f"{name}.py").read_text().partition('"""\n\n')
+    shown = [*blocks, *("\n".join(pair) for pair in zip(blocks, blocks[1:]))]  # the code, or its two halves
+    assert code in shown
 
 
 def test_generate_kernels(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ ROOT = Path(flashmoe_gen.__file__).parent
 # A module imports, when it is imported itself, only from its own room and those before it.
 ROOMS = [
     "errors dtypes arch env",
-    "spec hf_config presets reference",
+    "spec hf_config presets reference instrument",
     "plan args layout",
     "render",
     "compile cubin link",
