@@ -104,7 +104,7 @@ def _torch_view(tensor: Any, name: str) -> View:
 def _cupy_view(array: Any, name: str) -> View:
     size = array.dtype.itemsize
     strides = tuple(stride // size for stride in array.strides)
-    return View(int(array.data.ptr), array.shape, strides, _name_of(array.dtype), False, f"cuda:{array.device.id}", array)
+    return View(int(array.data.ptr), array.shape, strides, _name_of(array.dtype), False, f"cuda:{array.data.device_id}", array)
 
 
 def _require_device(name: str, found: str, device: str | None) -> None:

@@ -57,6 +57,7 @@ class PackedCall:
     """The arguments of one call, the array it writes, and what must stay alive meanwhile."""
 
     args: np.ndarray[Any, Any]
+    prepared: tuple[Any, ...]  # what the launch passes beside them
     result: Any
     keep: tuple[Any, ...]
 
@@ -111,6 +112,7 @@ class MoELayer:
             threads=self._plan.threads,
             shared_bytes=self._plan.shared_bytes,
             weights=_weight_boxes(spec, self.tile, self._plan),
+            cooperative=True,
         )
         self._router: Router | None = None
         self._processors = self._target.processors(self._kernel, spec.world_size)
@@ -164,7 +166,7 @@ class MoELayer:
         self._generation = self.comm.generation
         self._reported = 0  # invalid ids
         self._args = self._constant_args()
-        self._prepared = self._args
+        self._prepared: tuple[bytes, tuple[Any, ...]] = (b"", ())
         self._prepared_for: tuple[Experts | None, int] = (None, 0)
 
     @property
@@ -241,7 +243,11 @@ class MoELayer:
         self._require_open()
         packed = self._pack(x, topk_ids, topk_weights, experts, out, num_tokens)
         chosen = self._stream if stream is None and self._stream is not None else self._target.stream(stream, x)
-        self.comm.run(lambda: self._target.launch(self._kernel, self._bind(packed, chosen), self._workers, chosen))
+        self.comm.run(
+            lambda: self._target.launch(
+                self._kernel, self._bind(packed, chosen), self._workers, chosen, packed.prepared
+            )
+        )
         return arrays.exported(packed.result, x) if out is None else out
 
     def _pack(
@@ -264,15 +270,15 @@ class MoELayer:
         y = arrays.checked(result, "out", tokens.shape, spec.dtype, device=device, alignment=16)
         if y.read_only:
             raise SpecError("out is read-only.")
-        args = self._args_for(experts)
+        args, prepared = self._args_for(experts)
         for name, view in (("x", tokens), ("topk_ids", ids), ("topk_weights", weights), ("y", y)):
             args[name] = view.pointer
         args["tokens"] = limit
         args["num_tokens"] = counter
-        return PackedCall(args, result, (tokens, ids, weights, y, experts))
+        return PackedCall(args, prepared, result, (tokens, ids, weights, y, experts))
 
-    def _args_for(self, experts: Experts) -> np.ndarray[Any, Any]:
-        """The arguments that stay the same while the weights and the heap do; made once, copied for each call."""
+    def _args_for(self, experts: Experts) -> tuple[np.ndarray[Any, Any], tuple[Any, ...]]:
+        """A copy of the arguments that stay the same while the weights and the heap do, and what goes with them."""
         made_for = (experts, self.comm.generation)
         if self._prepared_for != made_for:
             args = self._args.copy()
@@ -280,8 +286,10 @@ class MoELayer:
             for name, value in fields.items():
                 args[name] = value
             args["peers"][0, : self.spec.world_size] = self.comm.heap_pointers()
-            self._prepared, self._prepared_for = args, made_for
-        return np.array(self._prepared)
+            self._prepared = args.tobytes(), self._target.prepare(self._kernel, args)
+            self._prepared_for = made_for
+        image, prepared = self._prepared
+        return np.frombuffer(bytearray(image), MOE_ARGS.dtype), prepared  # copying a structured array takes NumPy far longer
 
     def stats(self) -> LayerStats:
         """Counts since the layer was made."""

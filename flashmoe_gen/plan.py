@@ -240,7 +240,7 @@ def _plan_mma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, Any]:
     stage_bytes = (tile.block_m + tile.block_n) * row_bytes
     staged_tile = tile.block_m * (tile.block_n + 8) * size  # rows are padded against bank conflicts
     work_bytes = _ceil(max(tile.stages * stage_bytes, staged_tile, _PLANNER_BYTES), 128) * 128
-    shared_bytes = work_bytes + 2 * (32 + 12 * tile.block_m) + _ceil(4 * threads // WARP, 8) * 8  # struct BlockState
+    shared_bytes = work_bytes + 2 * (32 + 12 * tile.block_m) + _sums_bytes(threads)  # struct BlockState
     _check_shared(tile, stage_bytes, shared_bytes, arch)
     return {
         "threads": threads,
@@ -275,7 +275,7 @@ def _plan_wgmma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, Any]:
     patches = 8 * 16 * (64 + 8) * size  # of each consumer warp: 16 rows of 64 columns, padded against bank conflicts
     work_bytes = _ceil(max(tile.stages * stage_bytes + patches, _PLANNER_BYTES), 128) * 128
     slots = 2 * (32 + 20 * tile.block_m)
-    shared_bytes = work_bytes + slots + 4 * threads // WARP + 8 * (2 * tile.stages + 7)  # struct BlockState
+    shared_bytes = work_bytes + slots + _sums_bytes(threads) + 8 * (2 * tile.stages + 7)  # struct BlockState
     _check_shared(tile, stage_bytes, shared_bytes, arch)
     return {
         "threads": threads,
@@ -289,6 +289,11 @@ def _plan_wgmma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, Any]:
         "consumer_registers": 208,
         "near_end": 2 * tile.stages,
     }
+
+
+def _sums_bytes(threads: int) -> int:
+    """A word per warp, four at a time, behind padding to 16 bytes; all of struct BlockState a multiple of 16."""
+    return _ceil(4 * threads // WARP, 16) * 16 + 16
 
 
 def _check_shared(tile: TileConfig, stage_bytes: int, shared_bytes: int, arch: Arch) -> None:

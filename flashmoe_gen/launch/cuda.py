@@ -120,11 +120,12 @@ class CudaKernel:
 
     Attributes:
         compiled: what the cache says of it.
-        function: CuPy's function.
+        function: CuPy's function, which takes a stream.
         threads: threads of a block.
         shared_bytes: dynamic shared memory of a block.
         max_workers: blocks that are resident at the same time on the whole GPU.
         weights: the tensor maps it takes after its argument struct.
+        cooperative: its blocks wait for each other: the driver starts all of them or none.
     """
 
     compiled: CompiledKernel
@@ -133,6 +134,7 @@ class CudaKernel:
     shared_bytes: int
     max_workers: int
     weights: tuple[WeightBox, ...]
+    cooperative: bool
 
 
 class CudaTarget:
@@ -163,7 +165,13 @@ class CudaTarget:
         self.arch = _arch_of(device.compute_capability)
 
     def load(
-        self, compiled: CompiledKernel, *, threads: int, shared_bytes: int, weights: Sequence[WeightBox] = ()
+        self,
+        compiled: CompiledKernel,
+        *,
+        threads: int,
+        shared_bytes: int,
+        weights: Sequence[WeightBox] = (),
+        cooperative: bool = False,
     ) -> CudaKernel:
         import cupy
 
@@ -176,7 +184,7 @@ class CudaTarget:
                 f"{compiled.name} does not fit {self.device}: {threads} threads, {compiled.registers} registers, "
                 f"{shared_bytes} bytes of shared memory per block."
             )
-        return CudaKernel(compiled, function, threads, shared_bytes, resident * self.multiprocessors, tuple(weights))
+        return CudaKernel(compiled, function.kernel, threads, shared_bytes, resident * self.multiprocessors, tuple(weights), cooperative)
 
     def processors(self, kernel: Any, world_size: int) -> int:
         # Every block must be resident: they wait for each other. Ranks of this process share the GPU.
@@ -219,10 +227,13 @@ class CudaTarget:
             return _external_stream(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
         return cupy.cuda.get_current_stream()
 
-    def launch(self, kernel: Any, args: np.ndarray[Any, Any], workers: int, stream: Any) -> None:
-        maps = [self._tensor_map(box, args[0]) for box in kernel.weights]
-        with stream:
-            kernel.function((workers,), (kernel.threads,), (args[0], *maps), shared_mem=kernel.shared_bytes)
+    def prepare(self, kernel: Any, args: np.ndarray[Any, Any]) -> tuple[Any, ...]:
+        return tuple(self._tensor_map(box, args[0]) for box in kernel.weights)
+
+    def launch(
+        self, kernel: Any, args: np.ndarray[Any, Any], workers: int, stream: Any, prepared: tuple[Any, ...] = ()
+    ) -> None:
+        kernel.function((workers,), (kernel.threads,), (args[0], *prepared), kernel.shared_bytes, stream, kernel.cooperative)
 
     def _tensor_map(self, box: WeightBox, args: Any) -> np.ndarray[Any, Any]:
         """The 128-byte tensor map of a weight matrix, encoded once per address."""

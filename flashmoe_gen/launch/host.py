@@ -104,7 +104,13 @@ class HostTarget:
     system_workers = 2  # the scheduler and the subscriber
 
     def load(
-        self, compiled: CompiledKernel, *, threads: int, shared_bytes: int, weights: Sequence[WeightBox] = ()
+        self,
+        compiled: CompiledKernel,
+        *,
+        threads: int,
+        shared_bytes: int,
+        weights: Sequence[WeightBox] = (),
+        cooperative: bool = False,
     ) -> HostKernel:
         return HostKernel.load(compiled)
 
@@ -131,7 +137,12 @@ class HostTarget:
             raise SpecError("stream= is not valid for target='host'.")
         return None
 
-    def launch(self, kernel: Any, args: np.ndarray[Any, Any], workers: int, stream: Any) -> None:
+    def prepare(self, kernel: Any, args: np.ndarray[Any, Any]) -> tuple[Any, ...]:
+        return ()
+
+    def launch(
+        self, kernel: Any, args: np.ndarray[Any, Any], workers: int, stream: Any, prepared: tuple[Any, ...] = ()
+    ) -> None:
         """Run the kernel to its end.
 
         Raises:

@@ -74,11 +74,17 @@ class Target(Protocol):
     system_workers: int
 
     def load(
-        self, compiled: CompiledKernel, *, threads: int, shared_bytes: int, weights: Sequence[WeightBox] = ()
+        self,
+        compiled: CompiledKernel,
+        *,
+        threads: int,
+        shared_bytes: int,
+        weights: Sequence[WeightBox] = (),
+        cooperative: bool = False,
     ) -> Kernel:
         """Load a compiled kernel whose blocks have so many threads and bytes of dynamic shared memory (GPU).
 
-        ``weights`` are the tensor maps it takes after its argument struct.
+        ``weights`` are the tensor maps it takes after its argument struct; ``cooperative``: its blocks wait for each other.
         """
 
     def processors(self, kernel: Kernel, world_size: int) -> int:
@@ -99,7 +105,12 @@ class Target(Protocol):
     def stream(self, given: Any, array: Any) -> Any:
         """The stream of a call: the one given, else the current one of the library ``array`` belongs to."""
 
-    def launch(self, kernel: Kernel, args: np.ndarray[Any, Any], workers: int, stream: Any) -> None:
+    def prepare(self, kernel: Kernel, args: np.ndarray[Any, Any]) -> tuple[Any, ...]:
+        """What a launch passes after the argument struct: the same as long as the weights' addresses in it are."""
+
+    def launch(
+        self, kernel: Kernel, args: np.ndarray[Any, Any], workers: int, stream: Any, prepared: tuple[Any, ...] = ()
+    ) -> None:
         """Launch with one packed argument struct."""
 
     def synchronize(self) -> None:

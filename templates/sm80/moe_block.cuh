@@ -7,7 +7,7 @@ static_assert(kThreads == kMmaThreads + 32);
 // Dynamic shared memory: kWorkBytes for whoever works (stages, staging, scratch), then this.
 struct BlockState {
   TaskSlot slot[2];
-  u32 sums[kThreads / 32];
+  alignas(16) u32 sums[(kThreads / 32 + 3) / 4 * 4];  // read four at a time
 };
 static_assert(kWorkBytes % 128 == 0 && kWorkBytes + sizeof(BlockState) <= kSharedBytes);
 
@@ -58,6 +58,7 @@ DEVICE void run_tasks(const Call& call, TaskSlot* slots, char* work) {
     if (kind == TaskKind::closed) return;
     if (kind == TaskKind::gemm1) gemm1_tile(call, slots[side], work);
     if (kind == TaskKind::gemm2) gemm2_tile(call, slots[side], work);
+    sync_mma();  // an arrival alone does not order the reads before it
     hand_over_slot(kEmptyBarrier, side);
   }
 }

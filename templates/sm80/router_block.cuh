@@ -99,10 +99,8 @@ struct SelectGroup : WarpGroup {
 
 DEVICE int tiles_of(int count, int tile) { return (count + tile - 1) / tile; }
 
-DEVICE void store_logit(const RouterArgs& args, int tokens, int token, int expert, Acc sum) {
-  if (token >= tokens || expert >= args.num_experts) return;
-  const Acc bias = args.logit_bias != nullptr ? Acc(args.logit_bias[expert]) : Acc(0);
-  args.logits[u64(token) * args.num_experts + expert] = sum + bias;
+DEVICE Acc bias_of(const RouterArgs& args, int expert) {
+  return args.logit_bias != nullptr ? Acc(args.logit_bias[expert]) : Acc(0);
 }
 
 // Logits of one fragment, straight from global memory: for few tokens, where latency is all.
@@ -164,7 +162,9 @@ DEVICE void make_narrow(const RouterArgs& args, char* shared, int tokens, int fi
 #pragma unroll
     for (int half = 0; half < 2; ++half) total[half] += parts[w][half][place];
   const int token = first_token + place / 16 + place % 4 / 2 * 8;
-  store_logit(args, tokens, token, first_expert + place / 4 % 4 * 2 + place % 2, total[0] + total[1]);
+  const int column = first_expert + place / 4 % 4 * 2 + place % 2;
+  if (token < tokens && column < args.num_experts)
+    args.logits[u64(token) * args.num_experts + column] = total[0] + total[1] + bias_of(args, column);
 }
 
 // Logits of 32 kSide tokens and as many experts. A stage has a step of the tokens and then of the experts, rows of 128 bytes;
@@ -243,23 +243,28 @@ DEVICE void make_wide(const RouterArgs& args, char* shared, int tokens, int firs
   }
   __syncthreads();
   if (half == 1) return;
+  const int token = first_token + warp_token + row;
 #pragma unroll
-  for (int m = 0; m < kSide; ++m) {
+  for (int n = 0; n < 2 * kSide; ++n) {
 #pragma unroll
-    for (int n = 0; n < 2 * kSide; ++n) {
-      total[m][n].add(parts[m][n][partner]);
+    for (int m = 0; m < kSide; ++m) total[m][n].add(parts[m][n][partner]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        store_logit(args, tokens, first_token + warp_token + m * 16 + row + i / 2 * 8,
-                    first_expert + warp_expert + n * 8 + lane % 4 * 2 + i % 2, total[m][n].value[i]);
+    for (int i = 0; i < 2; ++i) {
+      const int expert = first_expert + warp_expert + n * 8 + lane % 4 * 2 + i;
+      if (expert >= args.num_experts) continue;
+      const Acc bias = bias_of(args, expert);
+      Acc* const column = args.logits + u64(token) * args.num_experts + expert;
+#pragma unroll
+      for (int m = 0; m < 2 * kSide; ++m)
+        if (token + m * 8 < tokens) column[u64(m) * 8 * args.num_experts] = total[m / 2][n].value[m % 2 * 2 + i] + bias;
     }
   }
 }
 
 // What a kind of tile costs: the rows it reads, times the tiles that the busiest block makes.
 DEVICE u64 cost_of(int tokens, int experts, int tile_tokens, int tile_experts) {
-  const u64 tiles = u64(tiles_of(tokens, tile_tokens)) * tiles_of(experts, tile_experts);
-  return (tiles + gridDim.x - 1) / gridDim.x * (tile_tokens + tile_experts);
+  const u32 tiles = tiles_of(tokens, tile_tokens) * tiles_of(experts, tile_experts);
+  return u64((tiles + gridDim.x - 1) / gridDim.x) * (tile_tokens + tile_experts);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)

@@ -15,7 +15,7 @@ static_assert(kLoaderRegisters + kConsumers * kConsumerRegisters <= (1 + kConsum
 constexpr u32 kSlots = 2;
 struct BlockState {
   TaskSlot slot[kSlots];
-  u32 sums[kThreads / 32];  // an even number of them
+  alignas(16) u32 sums[(kThreads / 32 + 3) / 4 * 4];  // read four at a time
   u64 stage_full[kStages], stage_empty[kStages];  // mbarriers
   u64 slot_full[kSlots], slot_empty[kSlots];
   u64 near_end;        // the loads of a task are nearly all issued: time to claim the next
@@ -24,7 +24,7 @@ struct BlockState {
 static_assert(kWorkBytes % 128 == 0 && kWorkBytes + sizeof(BlockState) <= kSharedBytes);
 
 constexpr u32 kConsumerBarrier = 1, kLoaderBarrier = 2;  // 0 is __syncthreads()
-constexpr u32 kSlotUsers = 3 + kConsumerWarps;  // warps that read a task: TMA, gather, publish, consumers
+constexpr u32 kSlotUsers = 32 * (3 + kConsumerWarps);  // lanes that read a task: of TMA, gather, publish, consumers
 
 DEVICE void init_barriers(BlockState& state, const Pipeline& pipeline) {
   pipeline.init();
@@ -71,9 +71,10 @@ DEVICE void fetch_tasks(const Call& call, BlockState& state) {
   }
 }
 
-// TMA, gather and consumer warps: run(slot) for each task, in ticket order, until there are no more.
-template <class Run>
-DEVICE void each_task(BlockState& state, Run run) {
+// TMA, gather and consumer warps: run(slot) for each task, in ticket order, until there are no more; then, by one lane and
+// after the slot was given back, done().
+template <class Run, class Done>
+DEVICE void each_task(BlockState& state, Run run, Done done) {
   Turn<kSlots> turn;
   while (true) {
     TaskSlot& slot = state.slot[turn.index];
@@ -82,7 +83,8 @@ DEVICE void each_task(BlockState& state, Run run) {
     if (kind == TaskKind::closed) return;
     if (kind != TaskKind::none) run(slot);
     __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state.slot_empty[turn.index]));
+    mbarrier_arrive(shared_address(&state.slot_empty[turn.index]));
+    if (threadIdx.x % 32 == 0 && kind != TaskKind::none) done();
     turn.advance();
   }
 }
@@ -100,8 +102,7 @@ DEVICE void publish_tasks(const Call& call, BlockState& state) {
       stored.advance();
     }
     const bool publish = task.kind != TaskKind::none && slot.spoiled == 0;
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state.slot_empty[turn.index]));
+    mbarrier_arrive(shared_address(&state.slot_empty[turn.index]));
     turn.advance();
     if (publish) publish_task(call, task);
   }
@@ -113,12 +114,13 @@ DEVICE void load_tasks(const Call& call, const WeightMaps& maps, BlockState& sta
   if (warp == 0) {
     fetch_tasks(call, state);
   } else if (warp == 1) {
-    each_task(state, [&](const TaskSlot& slot) {
-      if (threadIdx.x % 32 == 0)
-        load_task_weights(call, maps, slot.task, pipeline, turn, [&] { mbarrier_arrive(shared_address(&state.near_end)); });
-    });
+    const auto near_end = [&] { mbarrier_arrive(shared_address(&state.near_end)); };
+    const auto load = [&](const TaskSlot& slot) {
+      if (threadIdx.x % 32 == 0) load_task_weights(call, maps, slot.task, pipeline, turn, near_end);
+    };
+    each_task(state, load, [] {});
   } else if (warp == 2) {
-    each_task(state, [&](TaskSlot& slot) { gather_task_rows(call, slot, pipeline, turn); });
+    each_task(state, [&](TaskSlot& slot) { gather_task_rows(call, slot, pipeline, turn); }, [] {});
   } else {
     publish_tasks(call, state);
   }
@@ -127,11 +129,12 @@ DEVICE void load_tasks(const Call& call, const WeightMaps& maps, BlockState& sta
 DEVICE void consume_tasks(const Call& call, BlockState& state, char* work, const Pipeline& pipeline) {
   StageTurn turn;
   Turn<kSlots> stored;
-  each_task(state, [&](const TaskSlot& slot) {
+  const auto consume = [&](const TaskSlot& slot) {
     if (slot.task.kind == TaskKind::gemm1) consume_gemm1(call, slot, work, pipeline, turn);
     else consume_gemm2(call, slot, work, pipeline, turn);
-    __syncwarp();  // the warp's stores are before its arrival, and that is before the publisher's release
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state.stored[stored.index]));
+  };
+  each_task(state, consume, [&] {  // the warp's stores are before this arrival, and that is before the publisher's release
+    mbarrier_arrive(shared_address(&state.stored[stored.index]));
     stored.advance();
   });
 }

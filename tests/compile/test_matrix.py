@@ -14,7 +14,7 @@ from flashmoe_gen.arch import ARCHS
 from flashmoe_gen.cache import CompiledKernel
 from flashmoe_gen.cubin import usage
 from flashmoe_gen.errors import SpecError, UnsupportedError
-from flashmoe_gen.plan import TileConfig, default_tile, plan_kernel
+from flashmoe_gen.plan import TileConfig, default_tile, plan_kernel, plan_router
 from flashmoe_gen.render import generate
 from flashmoe_gen.spec import MoESpec
 
@@ -84,6 +84,11 @@ def _corners() -> Iterator[Case]:
     yield Case("one row of warps", BASE, arch, tile=TileConfig(16, 64, 64, 4, 1, 4, program="mma"))
     yield Case("rows of 64 bytes", BASE, arch, tile=TileConfig(64, 128, 32, 4, 2, 4, program="mma"))
     yield Case("three blocks", BASE, arch, tile=TileConfig(64, 64, 64, 3, 2, 2, program="mma"))
+    for dtype in ("bfloat16", "float32", "float64"):
+        grouped = BASE.replace(hidden_size=7168, num_groups=8, top_groups=4, scoring="sigmoid", dtype=dtype)
+        yield Case(f"router of groups, {dtype}", grouped, arch, kernel="router")
+        many = BASE.replace(hidden_size=8, top_k=32, group_score="top2_sum", dtype=dtype)
+        yield Case(f"router of many routes, {dtype}", many, arch, kernel="router")
 
 
 Futures = dict[str, "Future[tuple[CompiledKernel, float]]"]
@@ -122,9 +127,11 @@ def test_compiles(label: str, compiled: Futures) -> None:
     assert used.frame_bytes == 0, "an array of a thread lives in local memory"
     assert seconds <= MAX_SECONDS
     assert "warning" not in kernel.log
-    if case.kernel == "moe":
+    assert kernel.shared_bytes == 0, "all shared memory is dynamic: the plan counts it"
+    if case.kernel == "router":
+        assert plan_router(case.arch).shared_bytes <= ARCHS[case.arch].shared_bytes
+    else:
         plan = plan_kernel(case.spec, case.tile or default_tile(case.spec, case.arch), case.arch)
-        assert kernel.shared_bytes == 0, "all shared memory is dynamic: the plan counts it"
         if plan.tensor_boxes != (0, 0):  # setmaxnreg shares out what the launch took
             assert kernel.registers == ARCHS[case.arch].registers // plan.threads // 8 * 8
             assert "C75" not in kernel.log, "ptxas put the wgmma instructions in series, or ignored setmaxnreg"

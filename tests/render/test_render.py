@@ -71,6 +71,17 @@ def test_every_parameter_changes_name_and_digest(arch: str, kernel: Any) -> None
     assert len({source.digest for source in sources}) == len(sources)
 
 
+@pytest.mark.parametrize("arch", ["host", "sm_90a"])
+def test_only_whether_there_is_an_instrument_changes_the_text(arch: str) -> None:
+    def text(**numbers: int) -> str:
+        return fmg.generate(spec(), arch=arch, instrument=fmg.Instrument(**numbers)).text
+
+    assert text() == fmg.generate(spec(), arch=arch).text
+    assert text(trace_events=7) == text(trace_events=8)
+    assert text(delay_ns=7) == text(delay_ns=8)
+    assert len({text(), text(trace_events=1), text(delay_ns=1), text(trace_events=1, delay_ns=1)}) == 4
+
+
 def test_the_tile_is_part_of_the_kernel() -> None:
     tile = fmg.default_tile(spec(), "host")
     tiles = [tile, tile.replace(block_m=8), tile.replace(block_n=32)]

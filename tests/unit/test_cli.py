@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shlex
@@ -293,3 +294,29 @@ def test_bounds_of_float32() -> None:
         == 1e-5
     )
     assert checks.output_bound(spec, gpu, gpu=True) == 1e-3
+
+
+def test_trace_writes_a_file_that_says_what_it_is_of(run: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "t.json.gz"
+    line = f"trace {TINY} --model qwen3-30b-a3b --experts 8 --tokens 5 --ranks 2 --target host -o {path}"
+    result = run.json(line)
+    content = json.loads(gzip.decompress(path.read_bytes()))
+    assert content["otherData"] == {name: value for name, value in result.items() if name != "path"}
+    assert result["target"] == "host" and len(result["summaries"]) == 2
+    assert sum(event["ph"] == "X" for event in content["traceEvents"]) > 50
+    out, _ = run(f"{line} --output {tmp_path / 'plain.json'}")
+    assert "from the last GEMM2 tile to the end" in out and "rank 1" in out
+    assert json.loads((tmp_path / "plain.json").read_text())["traceEvents"]
+
+
+def test_trace_errors(run: Runner, tmp_path: Path) -> None:
+    small = f"trace {TINY} --model qwen3-30b-a3b --experts 8 --tokens 5 --target host"
+    assert "Must be host or cuda" in run(small.replace("host", "tpu"), 2)[1]
+    assert "These calls need" in run(f"{small} --events 1 -o {tmp_path / 't.json'}", 2)[1]
+    assert "cannot be written" in run(f"{small} -o {tmp_path / 'no' / 't.json'}", 1)[1]
+
+
+def test_a_traced_kernel_is_reproduced_by_its_command(run: Runner) -> None:
+    source = fmg.generate(fmg.MoESpec(64, 32, 2, 2, max_tokens=1), arch="host", instrument=fmg.Instrument(5, 5))
+    command = source.metadata["command"].removeprefix("flashmoe-gen compile")
+    assert run(f"generate {command}")[0] == source.text
