@@ -184,7 +184,8 @@ class CudaTarget:
                 f"{compiled.name} does not fit {self.device}: {threads} threads, {compiled.registers} registers, "
                 f"{shared_bytes} bytes of shared memory per block."
             )
-        return CudaKernel(compiled, function.kernel, threads, shared_bytes, resident * self.multiprocessors, tuple(weights), cooperative)
+        workers = resident * self.multiprocessors
+        return CudaKernel(compiled, function.kernel, threads, shared_bytes, workers, tuple(weights), cooperative)
 
     def processors(self, kernel: Any, world_size: int) -> int:
         # Every block must be resident: they wait for each other. Ranks of this process share the GPU.

@@ -214,18 +214,23 @@ DEVICE void schedule(Group& group, const Call& call, const SchedulerScratch& scr
     const u32 before = queue.entries;
     for (u32 base = first; base < queue.groups && queue.issued < queue.groups; base += group.size) {
       if (u32(args.ring_slots) - (queue.units - queue.retired) < queue.group) break;
+      const u32 entries = queue.entries;
       append_ready(group, call, scratch, queue, base);
+      if (queue.entries != entries) publish_entries(group, call, queue, false);
     }
     // The rest of the GEMM2 when all GEMM1 are out; nothing new while a processor waits: the next GEMM2.
     if (queue.issued == queue.groups) {
       append_second(group, call, queue, queue.issued);
+      publish_entries(group, call, queue, false);
     } else if (queue.entries == before && queue.second < queue.issued) {
       const u32 offered = queue.entries * queue.group * u32(kGemm1Tiles + kGemm2Tiles);
       const bool idle = group.broadcast(load_relaxed(&call.counters().task_ticket), 0) >= offered;
-      if (idle) append_second(group, call, queue, queue.second + 1);
+      if (idle) {
+        append_second(group, call, queue, queue.second + 1);
+        publish_entries(group, call, queue, false);
+      }
     }
-    if (queue.entries != before) publish_entries(group, call, queue, false);
-    else backoff(0);
+    if (queue.entries == before) backoff(0);
     const u32 m = first + group.lane;  // lanes see each other's appends since publish_entries()
     first += group.leading(m < queue.groups && args.appended[m] == call.epoch);
     if (group.any(aborted(call))) return;  // whoever waits for remote events (the subscriber) or for tasks has the deadline

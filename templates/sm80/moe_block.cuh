@@ -25,6 +25,14 @@ DEVICE void hand_over_slot(u32 barrier, u32 side) {
   else bar_arrive(barrier + 1, kThreads);
 }
 
+DEVICE void look_up_rows(const WarpGroup& warp, const Call& call, const Task& task, TaskSlot& slot) {
+  const Span span(call, Work::resolve, warp.lane == 0, task.issue, task.column);
+  each_row(warp, call, task.block, 0, int(task.block.rows), [&](int r, const Row& row) {
+    slot.row[r] = task.kind == TaskKind::gemm1 ? input_row(call, row) : output_row(call, row);
+    slot.weight[r] = row.entry.weight;
+  });
+}
+
 DEVICE void fetch_tasks(const Call& call, TaskSlot* slots) {
   WarpGroup warp;
   for (u32 turn = 0;; ++turn) {
@@ -38,11 +46,7 @@ DEVICE void fetch_tasks(const Call& call, TaskSlot* slots) {
     }
     warp.sync();  // the lanes below read what the scheduler published after lane 0 acquired it
     const Task task = slot.task;
-    const Span span(call, Work::resolve, warp.lane == 0, task.issue, task.column);
-    each_row(warp, call, task.block, 0, int(task.block.rows), [&](int r, const Row& row) {
-      slot.row[r] = task.kind == TaskKind::gemm1 ? input_row(call, row) : output_row(call, row);
-      slot.weight[r] = row.entry.weight;
-    });
+    look_up_rows(warp, call, task, slot);
     hand_over_slot(kFullBarrier, side);
     if (task.kind != TaskKind::closed) continue;
     if (turn != 0) wait_slot(kEmptyBarrier, side ^ 1);  // of the last task: no barrier is left half-arrived

@@ -37,6 +37,18 @@ DEVICE void init_barriers(BlockState& state, const Pipeline& pipeline) {
   fence_mbarrier_init();
 }
 
+DEVICE void look_up_rows(const WarpGroup& warp, const Call& call, const Task& task, TaskSlot& slot) {
+  const Span span(call, Work::resolve, warp.lane == 0, task.issue, task.column);
+  const int rows = int(task.block.rows);
+  for (int r = rows + warp.lane; r < kBlockM; r += warp.size) slot.from[r] = nullptr;
+  each_row(warp, call, task.block, 0, rows, [&](int r, const Row& row) {
+    Element* const between = intermediate_row(call, task.issue, r);
+    slot.from[r] = task.kind == TaskKind::gemm1 ? input_row(call, row) : between;
+    slot.to[r] = task.kind == TaskKind::gemm1 ? between : output_row(call, row);
+    slot.weight[r] = row.entry.weight;
+  });
+}
+
 // A claim binds a task to this processor, so none is made before its loads can soon begin: another may be idle.
 DEVICE void fetch_tasks(const Call& call, BlockState& state) {
   WarpGroup warp;
@@ -53,15 +65,7 @@ DEVICE void fetch_tasks(const Call& call, BlockState& state) {
     }
     warp.sync();  // the lanes below read what the scheduler published after lane 0 acquired it
     const Task task = slot.task;
-    const Span span(call, Work::resolve, warp.lane == 0, task.issue, task.column);
-    const int rows = int(task.block.rows);
-    for (int r = rows + warp.lane; r < kBlockM; r += warp.size) slot.from[r] = nullptr;
-    each_row(warp, call, task.block, 0, rows, [&](int r, const Row& row) {
-      Element* const between = intermediate_row(call, task.issue, r);
-      slot.from[r] = task.kind == TaskKind::gemm1 ? input_row(call, row) : between;
-      slot.to[r] = task.kind == TaskKind::gemm1 ? between : output_row(call, row);
-      slot.weight[r] = row.entry.weight;
-    });
+    look_up_rows(warp, call, task, slot);
     mbarrier_arrive(shared_address(&state.slot_full[turn.index]));
     if (task.kind == TaskKind::closed) return;
     turn.advance();
