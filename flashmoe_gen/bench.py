@@ -6,6 +6,7 @@ Both rates are measured in the same run, because absolute times move with the ma
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -275,6 +276,30 @@ def bench_router(name: str, spec: MoESpec, tokens: Sequence[int], *, samples: in
 
             times = _median_us([_captured(stream, ten_calls)], stream, samples, _ROUTER_CALLS)
             yield RouterTiming(name, count, float(np.median(times)), times[0], times[-1])
+
+
+def bench_host(spec: MoESpec, *, calls: int = 20, samples: int = 30) -> float:
+    """Microseconds that one call with ``out=`` keeps the host, one token: the median over batches of ``calls``.
+
+    Raises:
+        FlashMoEError: as :class:`MoELayer`.
+    """
+    import cupy
+
+    experts, case = _random_weights(spec), _random_inputs(spec, 1, 0)
+    out = cupy.empty_like(case[0])
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.runtime.deviceSynchronize()
+    times = []
+    with MoELayer(spec, target="cuda", stream=stream) as layer:
+        for _ in range(samples + 1):  # the first one loads and encodes
+            stream.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                layer(*case, experts, out=out)
+            times.append((time.perf_counter() - start) / calls * 1e6)
+        layer.check()
+    return float(np.median(times[1:]))
 
 
 def report(

@@ -55,8 +55,12 @@ def bench(
         for routed in bench_room.bench_router(name, spec, counts) if router else ():
             routers.append(routed)
             console.note(f"{name}, router, {routed.tokens} tokens: {routed.us:.1f} us")
+    host_us = bench_room.bench_host(specs[names[0]])
+    console.note(f"{names[0]}: a call keeps the host {host_us:.1f} us")
     command = " ".join(["flashmoe-gen", *sys.argv[1:]])
-    result = bench_room.report(ceilings, layers, routers, version=__version__, commit=commit, command=command, program=program)
+    result = bench_room.report(
+        ceilings, layers, routers, version=__version__, commit=commit, command=command, program=program, host_us_per_call=host_us
+    )
     if output is not None:
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if json_:
