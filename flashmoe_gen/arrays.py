@@ -6,8 +6,7 @@ import ctypes
 import functools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -40,8 +39,7 @@ _capsule_pointer.restype = ctypes.c_void_p
 _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """An array's memory.
 
     Attributes:
@@ -73,7 +71,8 @@ class View:
         return np.lib.stride_tricks.as_strided(flat, self.shape, [s * dtype.itemsize for s in self.strides])
 
 
-def _packed_strides(shape: Sequence[int]) -> tuple[int, ...]:
+@functools.lru_cache
+def _packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides = [1]
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * size)
@@ -87,9 +86,9 @@ def _name_of(dtype: np.dtype[Any]) -> str:
 
 def _numpy_view(array: np.ndarray[Any, Any], name: str) -> View:
     size = array.dtype.itemsize
-    if any(stride % size for stride in array.strides):
+    if [stride for stride in array.strides if stride % size]:
         raise SpecError(f"{name} is not valid: its strides {array.strides} are not multiples of its {size}-byte elements.")
-    strides = tuple(stride // size for stride in array.strides)
+    strides = tuple([stride // size for stride in array.strides])
     read_only = not array.flags.writeable
     return View(array.ctypes.data, array.shape, strides, _name_of(array.dtype), read_only, "cpu", array)
 
@@ -103,7 +102,7 @@ def _torch_view(tensor: Any, name: str) -> View:
 
 def _cupy_view(array: Any, name: str) -> View:
     size = array.dtype.itemsize
-    strides = tuple(stride // size for stride in array.strides)
+    strides = tuple([stride // size for stride in array.strides])
     return View(int(array.data.ptr), array.shape, strides, _name_of(array.dtype), False, f"cuda:{array.data.device_id}", array)
 
 
@@ -174,7 +173,7 @@ def checked(
     _require_device(name, found.device, device)
     if found.dtype != dtype:
         raise SpecError(f"{name} has dtype {found.dtype}. Must be {dtype}.")
-    if len(found.shape) != len(shape) or any(want not in (None, have) for have, want in zip(found.shape, shape)):
+    if len(found.shape) != len(shape) or [want for have, want in zip(found.shape, shape) if want not in (None, have)]:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise SpecError(f"{name} has shape {found.shape}. Must be ({wanted}).")
     if found.pointer % alignment and 0 not in found.shape:

@@ -112,7 +112,9 @@ class MoELayer:
             threads=self._plan.threads,
             shared_bytes=self._plan.shared_bytes,
             weights=_weight_boxes(spec, self.tile, self._plan),
-            cooperative=True,
+            # The driver then starts all blocks or none. Not where ranks share a GPU: what the stream of one runs before its
+            # launch, such as the clearing after reset(), may find no room beside another's cooperative launch.
+            cooperative=spec.world_size == 1,
         )
         self._router: Router | None = None
         self._processors = self._target.processors(self._kernel, spec.world_size)
