@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -15,6 +16,13 @@ from .errors import CommError, KernelTimeoutError, SpecError, UnsupportedError
 from .launch.target import Memory, Target
 from .layout import HeapLayout, HeapNeeds
 from .spec import MAX_WORLD_SIZE
+
+
+class _Restarts(Protocol):
+    """What a communicator asks of a layer."""
+
+    def restart(self) -> None:
+        """Clear all counters."""
 
 
 class _Group:
@@ -34,6 +42,7 @@ class _Group:
         self.layout = HeapLayout.of(self.needs, world_size)
         self.heaps: list[Memory] = []
         self.exchange: dict[int, Any] = {}
+        self.layers: weakref.WeakSet[_Restarts] = weakref.WeakSet()
 
     def bind(self, target: Target) -> None:
         if self.target is None:
@@ -50,7 +59,7 @@ class _Group:
             )
         target.synchronize()
         self.heaps, self.layout, self.needs = [target.allocate(layout.bytes) for _ in range(self.world_size)], layout, needs
-        self.generation += 1
+        self.restarted()
 
     def clear(self) -> None:
         if self.target is not None:
@@ -61,7 +70,13 @@ class _Group:
                     heap.fill(region.offset, region.bytes, 0)
         for record in self.records:
             record[:] = 0
+        self.restarted()
+
+    def restarted(self) -> None:
+        """Signals and epochs start from zero: so do the counters of every layer, now and not in the order of some stream."""
         self.generation += 1
+        for layer in self.layers:
+            layer.restart()
 
     def wait(self, what: str) -> None:
         timeout = env.timeout_s() or None
@@ -177,7 +192,7 @@ class Communicator:
 
     @property
     def generation(self) -> int:
-        """Changes whenever signals and epochs start from zero; a layer then clears its counters too."""
+        """Changes whenever signals and epochs start from zero, maybe in other memory."""
         return self._group.generation
 
     @property
@@ -197,6 +212,11 @@ class Communicator:
     def heap_pointers(self) -> list[int]:
         """Where each rank's heap starts, in this process."""
         return [heap.pointer for heap in self._group.heaps]
+
+    def attach(self, layer: _Restarts) -> None:
+        """From now on, and as long as it lives, a layer's counters start from zero whenever the signals do."""
+        with self._group.lock:
+            self._group.layers.add(layer)
 
     @property
     def record(self) -> np.ndarray[Any, Any]:

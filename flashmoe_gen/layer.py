@@ -165,8 +165,8 @@ class MoELayer:
             trace_events=self._instrument.trace_events,
         )
         self._workspace = self._target.allocate(self._layout.bytes)
-        self._generation = self.comm.generation
         self._reported = 0  # invalid ids
+        self.comm.attach(self)
         self._args = self._constant_args()
         self._prepared: tuple[bytes, tuple[Any, ...]] = (b"", ())
         self._prepared_for: tuple[Experts | None, int] = (None, 0)
@@ -246,9 +246,7 @@ class MoELayer:
         packed = self._pack(x, topk_ids, topk_weights, experts, out, num_tokens)
         chosen = self._stream if stream is None and self._stream is not None else self._target.stream(stream, x)
         self.comm.run(
-            lambda: self._target.launch(
-                self._kernel, self._bind(packed, chosen), self._workers, chosen, packed.prepared
-            )
+            lambda: self._target.launch(self._kernel, packed.args, self._workers, chosen, packed.prepared)
         )
         return arrays.exported(packed.result, x) if out is None else out
 
@@ -277,6 +275,7 @@ class MoELayer:
             args[name] = view.pointer
         args["tokens"] = limit
         args["num_tokens"] = counter
+        args["timeout_ns"] = int(env.timeout_s() * 1e9)
         return PackedCall(args, prepared, result, (tokens, ids, weights, y, experts))
 
     def _args_for(self, experts: Experts) -> tuple[np.ndarray[Any, Any], tuple[Any, ...]]:
@@ -389,16 +388,13 @@ class MoELayer:
         args["return_slots"] = return_slots(spec, self._combine)
         return args
 
-    def _bind(self, packed: PackedCall, stream: Any) -> np.ndarray[Any, Any]:
-        """The arguments at the moment of the launch; starts from clean counters when the heap's signals did."""
-        if self._generation != self.comm.generation:
-            self._generation = self.comm.generation
+    def restart(self) -> None:
+        """Start from clean counters: for the communicator, which has cleared the signals that they go with."""
+        if not self._closed:
             for region in self._layout.regions.values():
                 if region.persistent:
-                    self._workspace.fill(region.offset, region.bytes, 0, stream)
+                    self._workspace.fill(region.offset, region.bytes, 0)
             self._reported = 0
-        packed.args["timeout_ns"] = int(env.timeout_s() * 1e9)
-        return packed.args
 
 
 def _resolve_target(target: str | None, communicator: comm.Communicator | None, max_blocks: int | None) -> Target:

@@ -97,12 +97,9 @@ class CudaMemory:
         self.pointer = int(self._array.data.ptr)
         self.nbytes = nbytes
 
-    def fill(self, offset: int, nbytes: int, value: int, stream: Any = None) -> None:
+    def fill(self, offset: int, nbytes: int, value: int) -> None:
         import cupy
 
-        if stream is not None:  # without waiting: a peer on this GPU may be waiting for the launch that follows
-            cupy.cuda.runtime.memsetAsync(self.pointer + offset, value, nbytes, stream.ptr)
-            return
         cupy.cuda.runtime.deviceSynchronize()
         cupy.cuda.runtime.memset(self.pointer + offset, value, nbytes)
         cupy.cuda.runtime.deviceSynchronize()

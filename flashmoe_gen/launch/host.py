@@ -63,7 +63,7 @@ class HostMemory:
         self.pointer = self.array.ctypes.data
         self.nbytes = nbytes
 
-    def fill(self, offset: int, nbytes: int, value: int, stream: Any = None) -> None:
+    def fill(self, offset: int, nbytes: int, value: int) -> None:
         self.array[offset : offset + nbytes] = value
 
     def read(self, offset: int, nbytes: int) -> np.ndarray[Any, Any]:

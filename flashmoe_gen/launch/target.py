@@ -36,8 +36,8 @@ class Memory(Protocol):
     pointer: int
     nbytes: int
 
-    def fill(self, offset: int, nbytes: int, value: int, stream: Any = None) -> None:
-        """Set bytes: in the order of ``stream``, or now, after everything launched before."""
+    def fill(self, offset: int, nbytes: int, value: int) -> None:
+        """Set bytes, after everything launched before and before anything launched from now on."""
 
     def read(self, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
         """A copy of some bytes as uint8, after everything launched before."""

@@ -247,7 +247,7 @@ def test_a_call_without_threads_is_an_error_and_runs_nothing(
     assert_works(layer)
 
 
-def refuse_threads(target: Any, kernel: Any, args: Any, threads: int, stream: Any) -> None:
+def refuse_threads(target: Any, kernel: Any, args: Any, threads: int, stream: Any, prepared: Any) -> None:
     raise fmg.FlashMoEError(f"{kernel.compiled.name} needs {threads} threads; the system refused to start them.")
 
 
