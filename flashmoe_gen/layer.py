@@ -115,6 +115,7 @@ class MoELayer:
             # The driver then starts all blocks or none. Not where ranks share a GPU: what the stream of one runs before its
             # launch, such as the clearing after reset(), may find no room beside another's cooperative launch.
             cooperative=spec.world_size == 1,
+            cluster=self.tile.cluster,
         )
         self._router: Router | None = None
         self._processors = self._target.processors(self._kernel, spec.world_size)
@@ -161,6 +162,7 @@ class MoELayer:
             combine=self._combine,
             local_experts=self.local_experts,
             processors=self._processors,
+            planners=self._workers - self._target.system_workers,
             tracks=self._workers * self._plan.tracks,
             trace_events=self._instrument.trace_events,
         )
@@ -183,7 +185,7 @@ class MoELayer:
 
     @property
     def _workers(self) -> int:
-        return self._processors + self._target.system_workers
+        return self._target.workers(self._kernel, self._processors)
 
     @property
     def workspace_bytes(self) -> int:

@@ -145,6 +145,7 @@ class WorkspaceLayout:
         combine: str,
         local_experts: int,
         processors: int,
+        planners: int,
         tracks: int = 0,
         trace_events: int = 0,
     ) -> WorkspaceLayout:
@@ -154,19 +155,21 @@ class WorkspaceLayout:
         rows = per_source * spec.world_size if local_experts else 0
         matrices = 3 if spec.mlp == "gated" else 2
         expert_bytes = matrices * spec.hidden_size * spec.intermediate_size * size
+        cluster = tile.cluster
         max_group = tile.group or (_GROUP if expert_bytes > _L2_SHARE else 1)
+        max_group = _ceil(max_group, cluster) * cluster
         # A group takes as many M-blocks as a full one, so an expert's last group may count for max_group of them.
         blocks = rows // tile.block_m + max_group * min(local_experts, rows)
         by_rank = combine == "rank"
         # Processors hold two tickets each, the running and the next one: a GEMM2 that follows its GEMM1 by fewer tasks than
         # that would wait for tiles that have only just been claimed. `lag` M-blocks put lag GEMM1 and lag - 1 GEMM2 between.
-        in_flight, tiles = 2 * processors, plan.gemm1_tiles + plan.gemm2_tiles
+        in_flight, tiles = 2 * processors * cluster, plan.gemm1_tiles + plan.gemm2_tiles
         lag = _ceil(in_flight + plan.gemm2_tiles, tiles) if tile.lag is None else tile.lag
         between = lag * tiles - plan.gemm2_tiles
         group_lag = _ceil(_ceil(between, max_group) + plan.gemm2_tiles, tiles) if lag else 0  # as the scheduler has it
         ring_slots = max(lag + _ceil(in_flight, plan.gemm1_tiles) + 1, (group_lag + 2) * max_group)
-        ring_slots = max(1, min(blocks, ring_slots))
-        max_group = max(1, min(max_group, ring_slots // 2))
+        ring_slots = max(cluster, min(blocks, ring_slots))
+        max_group = max(cluster, min(max_group, ring_slots // 2 // cluster * cluster))
         column_bits_at = COUNTER_WORDS
         gemm2_done_at = column_bits_at + blocks * plan.column_words
         routes_done_at = gemm2_done_at + blocks
@@ -175,7 +178,7 @@ class WorkspaceLayout:
             ("state", STATE.size, True),
             ("counter_sets", 2 * set_words * 4, True),
             ("appended", blocks * 4, True),
-            ("planner_counts", processors * spec.num_experts * 4, False),
+            ("planner_counts", planners * spec.num_experts * 4, False),
             ("route_target", routes * 4, False),
             ("segments", spec.world_size * local_experts * SEGMENT.size, False),
             ("ready", blocks * READY_BLOCK.size, False),

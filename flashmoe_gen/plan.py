@@ -39,6 +39,8 @@ class TileConfig:
             from waiting for tiles that have only just been claimed. A launch argument too.
         group: most M-blocks of one expert whose tasks follow each other column by column, so that a weight tile is read
             from memory once; ``None``: several where an expert's weights do not fit L2. A launch argument too.
+        cluster: blocks that take neighbouring M-blocks together and load their weights once for all; 2 for the wgmma
+            program alone (and for the host, where it only groups tasks).
         program: block program: ``"wgmma"`` (sm_90a, 16-bit dtypes) or ``"mma"`` (any GPU); ``None`` takes wgmma where it runs.
 
     Raises:
@@ -55,6 +57,7 @@ class TileConfig:
     combine: Literal["route", "rank"] | None = None
     lag: int | None = None
     group: int | None = None
+    cluster: int = 1
     program: Program | None = None
 
     def __post_init__(self) -> None:
@@ -65,6 +68,7 @@ class TileConfig:
             ("stages", 1, 16),
             ("warps_m", 1, 8),
             ("warps_n", 1, 8),
+            ("cluster", 1, 2),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -117,7 +121,7 @@ def default_tile(spec: MoESpec, arch: str, program: Program | None = None) -> Ti
     if program is None:
         return TileConfig(block_m=32, block_n=64)
     if program == "wgmma":
-        return TileConfig(block_m=128, block_n=256, block_k=64, stages=4, warps_m=8, warps_n=1, program=program)
+        return TileConfig(block_m=128, block_n=256, block_k=64, stages=4, warps_m=8, warps_n=1, cluster=2, program=program)
     # Two blocks of four MMA warps overlap each other's epilogues; where only one fits, it has eight.
     warps_n = 2 if target.shared_bytes > 160 * 1024 else 4
     if spec.dtype == "float64":
@@ -157,7 +161,7 @@ class KernelPlan:
         shared_bytes: dynamic shared memory of a block.
         min_blocks: blocks of a multiprocessor that the registers are limited for.
         tensor_boxes: rows of the boxes of the tensor maps of gate and up, and of down; 0 when the kernel takes no maps.
-            A box is ``block_k`` elements of that many rows of one expert.
+            A box is ``block_k`` elements of that many rows of one expert: what one block of a cluster loads.
         loader_registers, consumer_registers: registers of a thread in the two roles of the wgmma program, else 0.
         near_end: steps before the end of a task at which the wgmma program claims the next one.
     """
@@ -231,6 +235,8 @@ def _plan_mma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, Any]:
         raise SpecError(f"block_m={tile.block_m} is not valid. Must be a multiple of 16 * warps_m = {16 * tile.warps_m}.")
     if tile.block_n % (16 * tile.warps_n):
         raise SpecError(f"block_n={tile.block_n} is not valid. Must be a multiple of 16 * warps_n = {16 * tile.warps_n}.")
+    if tile.cluster != 1:
+        raise SpecError(f"cluster={tile.cluster} is not valid for program='mma'. Must be 1.")
     warps = tile.warps_m * tile.warps_n
     if warps > 16 or warps % 4:
         raise SpecError(f"warps_m * warps_n = {warps} is not valid. Must be 4, 8, 12 or 16 warps.")
@@ -274,8 +280,9 @@ def _plan_wgmma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, Any]:
     stage_bytes = (tile.block_m + tile.block_n) * 128
     patches = 8 * 16 * (64 + 8) * size  # of each consumer warp: 16 rows of 64 columns, padded against bank conflicts
     work_bytes = _ceil(max(tile.stages * stage_bytes + patches, _PLANNER_BYTES), 128) * 128
-    slots = 2 * (32 + 20 * tile.block_m)
-    shared_bytes = work_bytes + slots + _sums_bytes(threads) + 8 * (2 * tile.stages + 7)  # struct BlockState
+    slots = 2 * (40 + 20 * tile.block_m)
+    mail = 2 * (8 + 32) + 16
+    shared_bytes = work_bytes + slots + _sums_bytes(threads) + mail + 8 * (2 * tile.stages + 7)  # struct BlockState
     _check_shared(tile, stage_bytes, shared_bytes, arch)
     return {
         "threads": threads,
@@ -283,7 +290,7 @@ def _plan_wgmma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, Any]:
         "work_bytes": work_bytes,
         "shared_bytes": shared_bytes,
         "min_blocks": 1,
-        "tensor_boxes": (tile.block_n // 2 if gated else tile.block_n, tile.block_n),
+        "tensor_boxes": ((tile.block_n // 2 if gated else tile.block_n) // tile.cluster, tile.block_n // tile.cluster),
         # Together what three warpgroups get at the launch, 168 each; the sums of a consumer are block_n / 2.
         "loader_registers": 88,
         "consumer_registers": 208,

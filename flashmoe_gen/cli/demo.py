@@ -154,11 +154,12 @@ class _Demo:
     def _runtime_bytes(self, spec: MoESpec) -> tuple[int, int]:
         """Heap and workspace of a rank. A GPU's kernel is not there yet: it has the blocks its registers are planned for."""
         if isinstance(self.target, HostTarget):
-            processors = self.target.processors(None, spec.world_size)
+            planners = processors = self.target.processors(None, spec.world_size)
         else:
-            blocks = plan_kernel(spec, self.tile, self.arch).min_blocks * self.target.multiprocessors
-            processors = max(1, blocks // spec.world_size - self.target.system_workers)
-        return runtime_bytes(spec, self.tile, self.arch, processors)
+            blocks = plan_kernel(spec, self.tile, self.arch).min_blocks * self.target.multiprocessors // spec.world_size
+            planners = max(1, blocks - self.target.system_workers)
+            processors = max(1, blocks // self.tile.cluster - 1)
+        return runtime_bytes(spec, self.tile, self.arch, processors, planners)
 
     def _kernels(self) -> list[dict[str, Any]]:
         where = self.arch if self.gpu else "the host"

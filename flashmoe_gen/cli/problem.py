@@ -75,12 +75,14 @@ def weight_bytes(spec: MoESpec) -> int:
     return sum(math.prod(shape) for shape in weight_shapes(spec).values()) * spec.element.size
 
 
-def runtime_bytes(spec: MoESpec, tile: TileConfig, arch: str, processors: int) -> tuple[int, int]:
+def runtime_bytes(spec: MoESpec, tile: TileConfig, arch: str, processors: int, planners: int) -> tuple[int, int]:
     """Bytes of the symmetric heap and of the workspace, on the rank that holds most experts."""
     local = len(Placement.default(spec.num_experts, spec.world_size).local_experts(0))
     plan = plan_kernel(spec, tile, arch)
     combine = resolve_combine(spec, tile, get_arch(arch))
-    workspace = WorkspaceLayout.of(spec, tile, plan, combine=combine, local_experts=local, processors=processors)
+    workspace = WorkspaceLayout.of(
+        spec, tile, plan, combine=combine, local_experts=local, processors=processors, planners=planners
+    )
     return HeapLayout.of(HeapNeeds.of(spec, combine), spec.world_size).bytes, workspace.bytes
 
 

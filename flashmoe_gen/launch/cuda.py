@@ -120,7 +120,8 @@ class CudaKernel:
         function: CuPy's function, which takes a stream.
         threads: threads of a block.
         shared_bytes: dynamic shared memory of a block.
-        max_workers: blocks that are resident at the same time on the whole GPU.
+        max_workers: blocks that are resident at the same time on the whole GPU: whole clusters.
+        cluster: blocks of a processor.
         weights: the tensor maps it takes after its argument struct.
         cooperative: its blocks wait for each other: the driver starts all of them or none.
     """
@@ -130,6 +131,7 @@ class CudaKernel:
     threads: int
     shared_bytes: int
     max_workers: int
+    cluster: int
     weights: tuple[WeightBox, ...]
     cooperative: bool
 
@@ -169,30 +171,58 @@ class CudaTarget:
         shared_bytes: int,
         weights: Sequence[WeightBox] = (),
         cooperative: bool = False,
+        cluster: int = 1,
     ) -> CudaKernel:
         import cupy
 
         function = cupy.RawModule(path=str(compiled.path)).get_function(compiled.name)
         if shared_bytes:
             function.max_dynamic_shared_size_bytes = shared_bytes
-        resident = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(function.kernel.ptr, threads, shared_bytes)
+        resident = self._resident(function.kernel.ptr, threads, shared_bytes, cluster)
         if resident < 1:
             raise UnsupportedError(
                 f"{compiled.name} does not fit {self.device}: {threads} threads, {compiled.registers} registers, "
                 f"{shared_bytes} bytes of shared memory per block."
             )
-        workers = resident * self.multiprocessors
-        return CudaKernel(compiled, function.kernel, threads, shared_bytes, workers, tuple(weights), cooperative)
+        return CudaKernel(
+            compiled, function.kernel, threads, shared_bytes, resident, cluster, tuple(weights), cooperative
+        )
+
+    def _resident(self, function: int, threads: int, shared_bytes: int, cluster: int) -> int:
+        """Blocks of a kernel that the whole GPU runs at the same time."""
+        if cluster == 1:
+            import cupy
+
+            occupancy = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor
+            return int(occupancy(function, threads, shared_bytes)) * self.multiprocessors
+        from cuda.bindings import driver
+
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = cluster, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared_bytes
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
+        config.attrs, config.numAttrs = [attribute], 1
+        status, clusters = driver.cuOccupancyMaxActiveClusters(driver.CUfunction(function), config)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise FlashMoEError(f"The clusters that fit {self.device} cannot be counted: {status.name}.")
+        return int(clusters) * cluster
 
     def processors(self, kernel: Any, world_size: int) -> int:
         # Every block must be resident: they wait for each other. Ranks of this process share the GPU.
-        blocks = kernel.max_workers // world_size if self.max_blocks is None else self.max_blocks
-        if not 2 <= blocks <= kernel.max_workers // world_size:
+        cluster, most = kernel.cluster, kernel.max_workers // world_size
+        blocks = most if self.max_blocks is None else self.max_blocks
+        if not 2 * cluster <= blocks <= most:
             raise SpecError(
                 f"max_blocks={blocks} is not valid. {world_size} ranks on {self.device} can have at most "
-                f"{kernel.max_workers // world_size} resident blocks each, and need 2."
+                f"{most} resident blocks each, and need {2 * cluster}."
             )
-        return blocks - 1
+        return int(blocks // cluster - 1)
+
+    def workers(self, kernel: Any, processors: int) -> int:
+        return int(kernel.cluster * (processors + 1))
 
     def router_workers(self, kernel: Any, tokens: int, wanted: int) -> int:
         return max(1, min(wanted, self.multiprocessors))

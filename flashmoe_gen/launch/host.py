@@ -111,12 +111,16 @@ class HostTarget:
         shared_bytes: int,
         weights: Sequence[WeightBox] = (),
         cooperative: bool = False,
+        cluster: int = 1,
     ) -> HostKernel:
         return HostKernel.load(compiled)
 
     def processors(self, kernel: Any, world_size: int) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return max(1, min(64, cores // world_size))
+
+    def workers(self, kernel: Any, processors: int) -> int:
+        return processors + self.system_workers
 
     def router_workers(self, kernel: Any, tokens: int, wanted: int) -> int:
         return max(1, min(self.processors(kernel, 1), tokens))

@@ -65,7 +65,7 @@ class Target(Protocol):
         name: ``"host"`` or ``"cuda"``.
         arch: what kernels are generated for.
         device: where arrays must be: ``"cpu"`` or ``"cuda:N"``.
-        system_workers: workers of a MoE launch that are not processors.
+        system_workers: workers of a MoE launch that run its operating system alone.
     """
 
     name: str
@@ -81,14 +81,19 @@ class Target(Protocol):
         shared_bytes: int,
         weights: Sequence[WeightBox] = (),
         cooperative: bool = False,
+        cluster: int = 1,
     ) -> Kernel:
         """Load a compiled kernel whose blocks have so many threads and bytes of dynamic shared memory (GPU).
 
-        ``weights`` are the tensor maps it takes after its argument struct; ``cooperative``: its blocks wait for each other.
+        ``weights`` are the tensor maps it takes after its argument struct; ``cooperative``: its blocks wait for each other;
+        ``cluster``: blocks of a processor.
         """
 
     def processors(self, kernel: Kernel, world_size: int) -> int:
-        """Processors for one of ``world_size`` ranks of this process."""
+        """Processors for one of ``world_size`` ranks of this process: threads (host), clusters of blocks (GPU)."""
+
+    def workers(self, kernel: Kernel, processors: int) -> int:
+        """Workers of a MoE launch with so many processors: threads or blocks; ``system_workers`` of them make no plans."""
 
     def router_workers(self, kernel: Kernel, tokens: int, wanted: int) -> int:
         """Workers of a router launch for which ``wanted`` would have work."""

@@ -14,6 +14,7 @@ constexpr double kUpOffset = ${spec.up_offset | cpp};
 constexpr int kBlockM = ${tile.block_m};
 constexpr int kBlockN = ${tile.block_n};
 constexpr int kBlockK = ${tile.block_k};
+constexpr int kCluster = ${tile.cluster};  // neighbouring M-blocks of one expert that are claimed together
 constexpr int kIntermediateColumns = ${plan.intermediate_columns};  // columns of the intermediate that one GEMM1 tile makes
 constexpr int kGemm1Tiles = ${plan.gemm1_tiles};                    // column tiles of GEMM1 in one M-block
 constexpr int kGemm2Tiles = ${plan.gemm2_tiles};                    // column tiles of GEMM2 in one M-block

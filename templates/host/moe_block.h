@@ -4,6 +4,16 @@ DEVICE Task fetch_task(const Call& call) {
   return wait_ready(call, claim(call));
 }
 
+// One member after the other. False when the call is aborted.
+DEVICE bool run_task(const Call& call, const Task& task, TileScratch& scratch) {
+  for (u32 member = 0; member < kCluster; ++member) {
+    const Task share = share_of(task, member);
+    if (task.kind == TaskKind::gemm1) gemm1_tile(call, share, scratch);
+    if (task.kind == TaskKind::gemm2 && !gemm2_tile(call, share, scratch)) return false;
+  }
+  return true;
+}
+
 DEVICE void process(Group& group, const Call& call, int processor, int processors) {
   const int planners = num_planners(call, processors);
   if (processor < planners) {
@@ -16,8 +26,7 @@ DEVICE void process(Group& group, const Call& call, int processor, int processor
   while (true) {
     const Task task = fetch_task(call);
     if (task.kind == TaskKind::closed) break;
-    if (task.kind == TaskKind::gemm1) gemm1_tile(call, task, scratch);
-    if (task.kind == TaskKind::gemm2 && !gemm2_tile(call, task, scratch)) return;
+    if (!run_task(call, task, scratch)) return;
   }
   if (!aborted(call)) combine(group, call, processors);
 }

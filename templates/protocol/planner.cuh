@@ -18,9 +18,9 @@ enum Tally { kLive, kDropped, kMasked, kInvalid, kTallies };  // routes of this 
 
 constexpr u32 kNoRoute = 0xffffffffu;
 
-DEVICE int num_planners(const Call& call, int processors) {
+DEVICE int num_planners(const Call& call, int most) {
   const int wanted = (call.tokens + kPlannerTokens - 1) / kPlannerTokens;
-  return wanted < 1 ? 1 : wanted < processors ? wanted : processors;
+  return wanted < 1 ? 1 : wanted < most ? wanted : most;
 }
 
 DEVICE int owner_of(const MoEArgs& args, int position) {

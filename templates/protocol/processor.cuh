@@ -3,40 +3,55 @@ enum class TaskKind : u32 { none, gemm1, gemm2, closed };
 
 struct Task {
   TaskKind kind;
-  u32 issue;  // which M-block, in the order of the queue
-  u32 column; // tile
+  u32 issue;   // which M-block, in the order of the queue
+  u32 column;  // tile
+  u32 once;    // 1: no other claim reads its weight tile
   ReadyBlock block;
 };
+static_assert(sizeof(Task) == 32);
 
 DEVICE u32 claim(const Call& call) { return fetch_add_relaxed(&call.counters().task_ticket, 1u); }
 
-// The task of a ticket, once the scheduler has published its entry; TaskKind::closed when there is no such task any more.
+// What a ticket stands for, once the scheduler has published its entry: a column tile of kCluster neighbouring M-blocks, in
+// one Task that has the rows of all. TaskKind::closed when there is no such task any more.
 DEVICE Task wait_ready(const Call& call, u32 ticket) {
-  Task task{TaskKind::closed, 0, 0, {}};
+  Task task{TaskKind::closed, 0, 0, 0, {}};
   constexpr u32 kTiles = kGemm1Tiles + kGemm2Tiles;
-  u32 group = 1, index = 0;
+  u32 claims = 1, index = 0;  // of a column of the group
   bool exists = false;
   const bool waited = wait_until(
       call, Await::task, ticket, u64(ticket), [&] { return load_acquire<Scope::device>(&call.counters().queue); },
       [&](u64 queue) {
-        group = u32((queue & ~kClosed) >> 32);
-        if (group != 0) index = ticket / (group * kTiles);
-        exists = group != 0 && u32(queue) > index;
+        claims = u32((queue & ~kClosed) >> 32) / kCluster;
+        if (claims != 0) index = ticket / (claims * kTiles);
+        exists = claims != 0 && u32(queue) > index;
         return exists || (queue & kClosed) != 0;
       });
   if (!waited || !exists) return task;
-  const u32 part = ticket - index * group * kTiles;
-  const u32 column = part / group, member = part % group;  // the group's M-blocks follow each other: one weight tile
+  const u32 part = ticket - index * claims * kTiles;
+  const u32 column = part / claims, member = part % claims * kCluster;  // the group's M-blocks follow each other: one weight tile
   const bool second = column >= u32(kGemm1Tiles);
   const ReadyBlock whole = call.args.entries[2 * u64(index) + second];
-  const u32 start = member * kBlockM;
+  const u32 first_row = whole.first_row + member * kBlockM;
   task.kind = TaskKind::none;
-  if (start >= whole.rows) return task;
-  const u32 rest = whole.rows - start;
+  if (member * kBlockM >= whole.rows) return task;
+  constexpr u32 kMost = kCluster * kBlockM;
+  const u32 rest = whole.rows - member * kBlockM;
   task.kind = second ? TaskKind::gemm2 : TaskKind::gemm1;
   task.issue = whole.unit + member;
   task.column = second ? column - kGemm1Tiles : column;
-  task.block = ReadyBlock{whole.expert_slot, whole.first_row + start, rest < u32(kBlockM) ? rest : u32(kBlockM), task.issue};
+  task.once = first_row == 0 && rest < kMost;
+  task.block = ReadyBlock{whole.expert_slot, first_row, rest < kMost ? rest : kMost, task.issue};
+  return task;
+}
+
+// The part of a member: an equal share of the rows, so that all end together; with few rows the last members have none.
+DEVICE Task share_of(Task task, u32 member) {
+  const u32 share = (task.block.rows + kCluster - 1) / kCluster;
+  const u32 start = member * share < task.block.rows ? member * share : task.block.rows;
+  const u32 rest = task.block.rows - start;
+  task.issue += member;
+  task.block = ReadyBlock{task.block.expert_slot, task.block.first_row + start, rest < share ? rest : share, task.issue};
   return task;
 }
 

@@ -1,7 +1,7 @@
 // ---- Scheduler: appends work to the task queue as soon as nothing remote is missing for it -----------------------------
 // A group is up to `group` consecutive M-blocks of one expert; their tasks are ordered column by column, so that a weight
 // tile is read from memory once. The queue is a list of entries {GEMM1 group, GEMM2 group}; each stands for
-// group * (kGemm1Tiles + kGemm2Tiles) tasks, and a ticket names one of them. A group is appended when all its rows are here
+// group * (kGemm1Tiles + kGemm2Tiles) tasks, and a ticket names kCluster of them. A group is appended when all its rows are here
 // and its M-blocks hold slots of the intermediate ring; its GEMM2 follows `lag` groups later, or at once when processors
 // wait for work. So a claimed task waits only for tasks with lower tickets, which run: no cycle.
 
@@ -100,11 +100,15 @@ struct Queue {
   bool all_here = false;  // all rows of all sources
 };
 
-// How many M-blocks share their weight tiles: as many as an active expert has on average.
+// How many M-blocks share their weight tiles: as many as an active expert has on average, in whole claims.
 DEVICE u32 group_size(u32 blocks, u32 active, u32 most) {
-  const u32 share = active == 0 ? 1 : blocks / active;
-  return share < 1 ? 1 : share < most ? share : most;
+  const u32 share = active == 0 ? 1 : (blocks + active - 1) / active;
+  const u32 whole = (share + kCluster - 1) / kCluster * kCluster;
+  return whole < most ? whole : most;
 }
+
+// M-blocks that so many rows of an expert take: whole claims.
+DEVICE u32 members_of(u32 rows) { return (rows + kCluster * kBlockM - 1) / (kCluster * kBlockM) * kCluster; }
 
 // The lag in groups: as many tasks between a GEMM1 and its GEMM2 as `lag` single M-blocks would put there.
 DEVICE u32 group_lag(u32 lag, u32 group) {
@@ -127,13 +131,13 @@ DEVICE void append_ready(Group& group, const Call& call, const SchedulerScratch&
   const u32 rank = group.exclusive_count(ready, &total);
   const u32 room = (u32(args.ring_slots) - (queue.units - queue.retired)) / queue.group;
   const u32 taken = total < room ? total : room;
-  // Every group takes the slots of a full one: M-blocks that are not there count as finished.
+  // Every group takes the slots of a full one: M-blocks that nobody will claim count as finished.
   if (ready && rank < taken) {
     const u32 issue = queue.issued + rank;
     block.unit = queue.units + rank * queue.group;
     args.appended[m] = call.epoch;
     args.ready[issue] = block;
-    for (u32 i = (block.rows + kBlockM - 1) / kBlockM; i < queue.group; ++i)
+    for (u32 i = members_of(block.rows); i < queue.group; ++i)
       store_relaxed(call.gemm2_done(block.unit + i), u32(kGemm2Tiles));
   }
   group.sync();  // a GEMM2 may be of a group that another lane has just issued
@@ -167,7 +171,7 @@ DEVICE Queue plan_queue(Group& group, const Call& call, const SchedulerScratch& 
   u32 rows = 0, blocks = 0, active = 0;
   for (int slot = group.lane; slot < experts; slot += group.size) {
     rows += scratch.rows[slot];
-    blocks += (scratch.rows[slot] + kBlockM - 1) / kBlockM;
+    blocks += members_of(scratch.rows[slot]);
     active += u32(scratch.rows[slot] != 0);
   }
   rows = group.sum(rows);
@@ -223,7 +227,7 @@ DEVICE void schedule(Group& group, const Call& call, const SchedulerScratch& scr
       append_second(group, call, queue, queue.issued);
       publish_entries(group, call, queue, false);
     } else if (queue.entries == before && queue.second < queue.issued) {
-      const u32 offered = queue.entries * queue.group * u32(kGemm1Tiles + kGemm2Tiles);
+      const u32 offered = queue.entries * (queue.group / kCluster) * u32(kGemm1Tiles + kGemm2Tiles);  // tickets
       const bool idle = group.broadcast(load_relaxed(&call.counters().task_ticket), 0) >= offered;
       if (idle) {
         append_second(group, call, queue, queue.second + 1);

@@ -3,6 +3,7 @@
 // and looks up its rows while the current task runs. It may wait there, because the current task needs nothing of it.
 constexpr int kThreads = ${plan.threads};
 static_assert(kThreads == kMmaThreads + 32);
+static_assert(kCluster == 1, "a claim is one block's");
 
 // Dynamic shared memory: kWorkBytes for whoever works (stages, staging, scratch), then this.
 struct BlockState {

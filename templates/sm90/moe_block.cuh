@@ -1,6 +1,7 @@
-// ---- Block program: the last block of the grid runs the OS, all others process ----------------------------------------
-// A processor is one warpgroup that fetches tasks and loads, and two that multiply. The loading warps have one job each: fetch
-// (claim a ticket, wait for its entry, look up its rows), TMA, gather, publish. They wait for each other and for the
+// ---- Block program: the last block of the grid runs the OS, the clusters before its own process -----------------------
+// A processor is a cluster. A claim gives each of its blocks a task, one of neighbouring M-blocks, that multiplies the same
+// weights. A block is one warpgroup that fetches tasks and loads, and two that multiply. The loading warps have one job each:
+// fetch (claim a ticket, wait for its entry, look up its rows), TMA, gather, publish. They wait for each other and for the
 // consumers through mbarriers alone, so each is as far ahead as its input allows.
 constexpr int kThreads = ${plan.threads};
 static_assert(kThreads == 128 + kConsumerThreads);
@@ -20,6 +21,9 @@ struct BlockState {
   u64 slot_full[kSlots], slot_empty[kSlots];
   u64 near_end;        // the loads of a task are nearly all issued: time to claim the next
   u64 stored[kSlots];  // the consumers have stored a task's results; tasks that do not exist take no turn
+  u64 mail_full[kSlots];
+  uint4 mail[kSlots][2];  // a claim of the cluster's first block
+  u32 able[kCluster];     // which blocks of the cluster can run tasks
 };
 static_assert(kWorkBytes % 128 == 0 && kWorkBytes + sizeof(BlockState) <= kSharedBytes);
 
@@ -31,8 +35,10 @@ DEVICE void init_barriers(BlockState& state, const Pipeline& pipeline) {
   mbarrier_init(shared_address(&state.near_end), 1);
   for (u32 side = 0; side < kSlots; ++side) {
     mbarrier_init(shared_address(&state.slot_full[side]), 32);  // every lane of the fetch warp publishes its rows
-    mbarrier_init(shared_address(&state.slot_empty[side]), kSlotUsers);
+    // Behind its own users the first block waits for the others to have read the claim.
+    mbarrier_init(shared_address(&state.slot_empty[side]), kSlotUsers + (cluster_ctarank() == 0 ? kCluster - 1 : 0));
     mbarrier_init(shared_address(&state.stored[side]), kConsumerWarps);
+    mbarrier_init(shared_address(&state.mail_full[side]), 1);
   }
   fence_mbarrier_init();
 }
@@ -49,19 +55,44 @@ DEVICE void look_up_rows(const WarpGroup& warp, const Call& call, const Task& ta
   });
 }
 
-// A claim binds a task to this processor, so none is made before its loads can soon begin: another may be idle.
+// By the first block of a cluster: the next task, also sent to the others. It alone decides that there are no more.
+DEVICE Task claim_task(const Call& call, BlockState& state, u32 side) {
+  Task task = wait_ready(call, claim(call));
+  if (aborted(call)) task.kind = TaskKind::closed;
+  uint4 words[2];
+  memcpy(words, &task, sizeof task);
+  for (u32 block = 1; block < kCluster; ++block) {
+    const u32 mail = mapa(shared_address(state.mail[side]), block);
+    st_shared_cluster_v4(mail, words[0]);
+    st_shared_cluster_v4(mail + 16, words[1]);
+    mbarrier_arrive_release_cluster(mapa(shared_address(&state.mail_full[side]), block));  // passes on what the claim acquired
+  }
+  return task;
+}
+
+DEVICE Task receive_task(BlockState& state, const Turn<kSlots>& turn) {
+  while (!mbarrier_try_wait_parity_cluster(shared_address(&state.mail_full[turn.index]), turn.phase)) {
+  }
+  const uint4 words[2] = {state.mail[turn.index][0], state.mail[turn.index][1]};
+  mbarrier_arrive_relaxed_cluster(mapa(shared_address(&state.slot_empty[turn.index]), 0));  // the mail has been read
+  Task task;
+  memcpy(&task, words, sizeof task);
+  return task;
+}
+
+// A claim binds a task to this cluster, so none is made before its loads can soon begin: another may be idle.
 DEVICE void fetch_tasks(const Call& call, BlockState& state) {
   WarpGroup warp;
   Turn<kSlots> turn;
   Turn<1> claimed;
+  const u32 member = cluster_ctarank();
   while (true) {
     TaskSlot& slot = state.slot[turn.index];
     wait_barrier(shared_address(&state.slot_empty[turn.index]), turn.phase ^ 1);
     if (warp.lane == 0) {
       const Span span(call, Work::fetch, true);
-      slot.task = wait_ready(call, claim(call));
+      slot.task = share_of(member == 0 ? claim_task(call, state, turn.index) : receive_task(state, turn), member);
       slot.spoiled = 0;
-      if (aborted(call)) slot.task.kind = TaskKind::closed;
     }
     warp.sync();  // the lanes below read what the scheduler published after lane 0 acquired it
     const Task task = slot.task;
@@ -69,7 +100,7 @@ DEVICE void fetch_tasks(const Call& call, BlockState& state) {
     mbarrier_arrive(shared_address(&state.slot_full[turn.index]));
     if (task.kind == TaskKind::closed) return;
     turn.advance();
-    if (task.kind == TaskKind::none) continue;
+    if (task.kind == TaskKind::none || member != 0) continue;
     wait_barrier(shared_address(&state.near_end), claimed.phase);
     claimed.advance();
   }
@@ -143,21 +174,22 @@ DEVICE void consume_tasks(const Call& call, BlockState& state, char* work, const
   });
 }
 
-DEVICE void process(BlockGroup& block, const Call& call, const WeightMaps& maps, char* work, BlockState& state) {
-  const int processors = int(gridDim.x) - 1;
-  const int planners = num_planners(call, processors);
-  if (int(blockIdx.x) < planners) {
-    const PlannerScratch scratch(reinterpret_cast<u32*>(work), call.args.num_experts);
-    if (!plan_routes(block, call, int(blockIdx.x), planners, scratch)) return;
-  }
-  WarpGroup warp;
-  if (block.any(!dispatch(warp, call, planners))) return;  // every warp claims chunks for itself
+// Before a block uses the barriers of another they must be there, and both must have got so far.
+DEVICE bool all_able(BlockState& state, bool able) {
+  if constexpr (kCluster == 1) return able;
+  if (threadIdx.x < kCluster) st_shared_cluster(mapa(shared_address(&state.able[cluster_ctarank()]), threadIdx.x), able);
+  barrier_cluster();
+  u32 all = 1;
+  for (u32 block = 0; block < kCluster; ++block) all &= state.able[block];
+  return all != 0;
+}
 
+DEVICE void run_tasks(BlockGroup& block, const Call& call, const WeightMaps& maps, char* work, BlockState& state, bool able) {
   const Pipeline pipeline{shared_address(work), shared_address(state.stage_full), shared_address(state.stage_empty)};
   if (threadIdx.x == 0) init_barriers(state, pipeline);
   fence_proxy_async_shared();  // the planner's scratch was written by ordinary stores, TMA writes over it
   block.sync();
-  // Each part reads the call again rather than hold all of it in registers: the epoch stands until every block has left.
+  if (!all_able(state, able)) return;
   const auto again = [&] { return begin_call(call.args, blockIdx.x, gridDim.x, Role::processor); };
   if (threadIdx.x < 128) {
     setmaxnreg_dec<kLoaderRegisters>();
@@ -170,8 +202,32 @@ DEVICE void process(BlockGroup& block, const Call& call, const WeightMaps& maps,
     bar_sync(kConsumerBarrier, kConsumerThreads);
     setmaxnreg_dec<kLaunchRegisters>();
   }
-  const Call end = again();
-  if (!aborted(end)) combine(warp, end, processors * (kThreads / 32));
+  if constexpr (kCluster > 1) barrier_cluster();  // the others use this block's shared memory until they are done
+}
+
+// The other blocks of the OS's cluster have no tasks.
+DEVICE void wait_for_close(const Call& call) {
+  wait_until(
+      call, Await::task, 0, kClosed, [&] { return load_relaxed(&call.counters().queue); },
+      [&](u64 queue) { return (queue & kClosed) != 0; });
+}
+
+DEVICE void process(BlockGroup& block, const Call& call, const WeightMaps& maps, char* work, BlockState& state) {
+  const int blocks = int(gridDim.x) - 1;  // without the OS
+  const int planners = num_planners(call, blocks);
+  bool able = true;
+  if (int(blockIdx.x) < planners) {
+    const PlannerScratch scratch(reinterpret_cast<u32*>(work), call.args.num_experts);
+    able = plan_routes(block, call, int(blockIdx.x), planners, scratch);
+  }
+  WarpGroup warp;
+  able = able && !block.any(!dispatch(warp, call, planners));  // every warp claims chunks for itself
+  if (blockIdx.x < gridDim.x - kCluster) run_tasks(block, call, maps, work, state, able);
+  else if (threadIdx.x == 0) wait_for_close(call);
+  block.sync();
+  // Each part reads the call again rather than hold all of it in registers: the epoch stands until every block has left.
+  const Call end = begin_call(call.args, blockIdx.x, gridDim.x, Role::processor);
+  if (!aborted(end)) combine(warp, end, blocks * (kThreads / 32));
 }
 
 DEVICE void run_system(const Call& call, char* work) {
@@ -182,7 +238,7 @@ DEVICE void run_system(const Call& call, char* work) {
   if (call.role == Role::subscriber) subscribe(warp, call, words + 2 * experts);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, ${plan.min_blocks})
+extern "C" __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, ${plan.min_blocks})
     ${name}(
         const __grid_constant__ MoEArgs args, const __grid_constant__ TensorMap gate_map,
         const __grid_constant__ TensorMap up_map, const __grid_constant__ TensorMap down_map) {

@@ -2,6 +2,8 @@
 // A stage holds one k step of kBlockM rows and kBlockN weight rows, 128 bytes each. It is full when the TMA has brought the
 // weights and the gather warp the rows; it is empty when every consumer warp has multiplied it. Whoever uses the pipeline
 // counts its own turns, over all tasks: the loaders are up to kStages steps ahead, also into the next task.
+// The blocks of a cluster multiply the same weights with rows of their own: each loads a part of the weights into the stages of
+// all, so L2 is read once for the cluster. Their stages turn together: one is empty when the consumers of all blocks are done.
 constexpr int kStages = ${tile.stages};
 constexpr int kConsumers = kBlockM / 64;  // warpgroups
 constexpr int kConsumerWarps = kConsumers * 4;
@@ -52,14 +54,14 @@ struct Pipeline {
   DEVICE void init() const {
     for (u32 stage = 0; stage < kStages; ++stage) {
       mbarrier_init(full_barriers + stage * 8, 2);  // TMA and gather
-      mbarrier_init(empty_barriers + stage * 8, kConsumerWarps);
+      mbarrier_init(empty_barriers + stage * 8, kCluster * kConsumerWarps);
     }
   }
 };
 
 // ---- Loaders ----
-// Weights by TMA, issued by one thread. load(to, barrier, k) issues the kWeightStageBytes of a step; near_end() is called
-// kNearEnd steps before the last.
+// Weights by TMA, issued by one thread. load(to, barrier, k) issues this block's part of a step, and kWeightStageBytes arrive
+// here; near_end() is called kNearEnd steps before the last.
 constexpr int kNearEnd = ${plan.near_end};
 
 template <int kDepth, class Load, class NearEnd>
@@ -75,13 +77,13 @@ DEVICE void load_weights(const Pipeline& pipeline, StageTurn& turn, Load load, N
 }
 
 // Rows anywhere in memory, by cp.async into the layout that TMA gives the weights: the 16-byte chunk of a row is permuted by
-// row % 8. A lane of the warp loads the same two chunks of every 8th row; absent rows are zeros.
+// row % 8. A lane of the warp loads the same two chunks of every 8th row. Absent rows hold anything: their sums are not used.
 struct RowGather {
   static constexpr int kBatch = 8;  // rows located before the first copy: addresses in registers are few here
   static_assert(kBlockM % (kBatch * 8) == 0);
   u32 lane;
   const Element* const* rows;  // of the M-block, in shared memory; null: absent
-  const void* anywhere;        // an address to name without reading it
+  int count;
 
   template <int kDepth>
   DEVICE void load(u32 stage, int step) const {
@@ -92,15 +94,16 @@ struct RowGather {
     const bool low_inside = at < kDepth * sizeof(Element), high_inside = at + 64 < kDepth * sizeof(Element);
 #pragma unroll
     for (int start = 0; start < kBlockM; start += kBatch * 8) {
+      if (start >= count) return;
       const char* from[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) from[i] = reinterpret_cast<const char*>(rows[first + start + i * 8]);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const u32 row = (start + i * 8) * kRowBytes;
-        const bool take_low = from[i] != nullptr && low_inside, take_high = from[i] != nullptr && high_inside;
-        cp_async_16(low + row, take_low ? from[i] + at : anywhere, take_low ? 16 : 0);
-        cp_async_16(high + row, take_high ? from[i] + at + 64 : anywhere, take_high ? 16 : 0);
+        if (from[i] == nullptr) continue;
+        cp_async_16(low + row, low_inside ? from[i] + at : from[i], low_inside ? 16 : 0);
+        cp_async_16(high + row, high_inside ? from[i] + at + 64 : from[i], high_inside ? 16 : 0);
       }
     }
   }
@@ -146,8 +149,11 @@ struct Sums {
 DEVICE u64 descriptor(u32 tile) { return u64(1) << 62 | u64(1024 >> 4) << 32 | u64(1) << 16 | tile >> 4; }
 
 DEVICE u32 consumer() { return threadIdx.x / 128 - 1; }  // warpgroup 0 loads
+
+// In every block of the cluster. Nothing is to be published: the products that read the stage have been waited for.
 DEVICE void release_stage(const Pipeline& pipeline, const StageTurn& turn) {
-  if (threadIdx.x % 32 == 0) mbarrier_arrive(pipeline.empty(turn));
+  const u32 block = threadIdx.x % 32;
+  if (block < kCluster) mbarrier_arrive_relaxed_cluster(mapa(pipeline.empty(turn), block));
 }
 
 // A warpgroup without rows keeps the barriers in step.

@@ -22,6 +22,40 @@ DEVICE bool mbarrier_try_wait_parity(u32 barrier, u32 parity) {
   return done != 0;
 }
 
+// The same between the blocks of a cluster: mapa turns an address of this block into that of block `rank`.
+DEVICE u32 mapa(u32 address, u32 rank) {
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+DEVICE void mbarrier_arrive_release_cluster(u32 barrier) {  // waits for this thread's stores everywhere: about a microsecond
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+DEVICE void mbarrier_arrive_relaxed_cluster(u32 barrier) {
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+DEVICE bool mbarrier_try_wait_parity_cluster(u32 barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+      : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  return done != 0;
+}
+DEVICE void st_shared_cluster_v4(u32 to, uint4 v) {
+  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+DEVICE void st_shared_cluster(u32 to, u32 v) { asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(to), "r"(v) : "memory"); }
+DEVICE u32 cluster_ctarank() {
+  u32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Parallel Synchronization and Communication, barrier.cluster: all threads of the cluster's blocks.
+DEVICE void barrier_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // Memory Consistency Model, fence.proxy: ordinary accesses of this thread before, wgmma's and TMA's after.
 DEVICE void fence_proxy_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -31,6 +65,14 @@ DEVICE void cp_async_bulk_tensor_3d(u32 to, const TensorMap* map, u32 barrier, i
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%3, %4, %5}], [%2], %6;"
       ::"r"(to), "l"(map), "r"(barrier), "r"(k), "r"(row), "r"(matrix), "l"(policy) : "memory");
+}
+// The same into every block of the cluster whose bit is set in `blocks`, at the same address, completing on its own barrier.
+DEVICE void cp_async_bulk_tensor_3d_multicast(
+    u32 to, const TensorMap* map, u32 barrier, int k, int row, int matrix, unsigned short blocks, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6, %7;"
+      ::"r"(to), "l"(map), "r"(barrier), "r"(k), "r"(row), "r"(matrix), "h"(blocks), "l"(policy) : "memory");
 }
 // createpolicy: when such lines leave L2, compared with others.
 DEVICE u64 createpolicy_evict_first() {

@@ -31,26 +31,37 @@ DEVICE void trace_fill(const Call& call, const Task& task, const Pipeline& pipel
 }
 
 // ---- Loading weights ----
+// Rows [row, row + kRows) of a weight matrix into a stage: each block of the cluster loads a part for all.
+template <int kRows>
+DEVICE void load_weight_rows(u32 to, const TensorMap* map, u32 full, int k, int row, int expert, u64 policy) {
+  if constexpr (kCluster == 1) {
+    cp_async_bulk_tensor_3d(to, map, full, k, row, expert, policy);
+  } else {
+    const int first = int(cluster_ctarank()) * (kRows / kCluster);
+    cp_async_bulk_tensor_3d_multicast(to + first * kRowBytes, map, full, k, row + first, expert, (1 << kCluster) - 1, policy);
+  }
+}
+
 template <class NearEnd>
 DEVICE void load_task_weights(
     const Call& call, const WeightMaps& maps, const Task& task, const Pipeline& pipeline, StageTurn& turn, NearEnd near_end) {
   const Span span(call, Work::weights, true, task.issue, task.column);
   const int expert = int(task.block.expert_slot);
-  // The weights of an expert with one M-block are read once: they should not drive rows, results and this code out of L2.
-  const bool once = task.block.first_row == 0 && task.block.rows < kBlockM;
-  const u64 policy = once ? createpolicy_evict_first() : createpolicy_evict_normal();
+  // Weights that are read once should not drive rows, results and this code out of L2.
+  const u64 policy = task.once ? createpolicy_evict_first() : createpolicy_evict_normal();
   if (task.kind == TaskKind::gemm1) {
     const int first = int(task.column) * kIntermediateColumns;
     const auto load = [&](u32 to, u32 full, int k) {
       // All gate rows, then all up rows: one thread gets gate and up of a column half a tile apart.
-      if constexpr (kGated) cp_async_bulk_tensor_3d(to, maps.gate, full, k, first, expert, policy);
-      cp_async_bulk_tensor_3d(to + (kGated ? kWeightStageBytes / 2 : 0), maps.up, full, k, first, expert, policy);
+      if constexpr (kGated) load_weight_rows<kIntermediateColumns>(to, maps.gate, full, k, first, expert, policy);
+      load_weight_rows<kIntermediateColumns>(
+          to + (kGated ? kWeightStageBytes / 2 : 0), maps.up, full, k, first, expert, policy);
     };
     load_weights<kHidden>(pipeline, turn, load, near_end);
   } else {
     const int first = int(task.column) * kBlockN;
     const auto load = [&](u32 to, u32 full, int k) {
-      cp_async_bulk_tensor_3d(to, maps.down, full, k, first, expert, policy);
+      load_weight_rows<kBlockN>(to, maps.down, full, k, first, expert, policy);
     };
     load_weights<kIntermediate>(pipeline, turn, load, near_end);
   }
@@ -58,7 +69,7 @@ DEVICE void load_task_weights(
 
 // ---- Loading rows ----
 DEVICE void gather_task_rows(const Call& call, TaskSlot& slot, const Pipeline& pipeline, StageTurn& turn) {
-  const RowGather gather{threadIdx.x % 32, slot.from, call.args.x};
+  const RowGather gather{threadIdx.x % 32, slot.from, int(slot.task.block.rows)};
   const Span span(call, Work::gather, gather.lane == 0, slot.task.issue, slot.task.column);
   if (slot.task.kind == TaskKind::gemm1) {
     gather_rows<kHidden>(pipeline, turn, gather, [](int) {});
