@@ -77,34 +77,39 @@ DEVICE void load_weights(const Pipeline& pipeline, StageTurn& turn, Load load, N
 }
 
 // Rows anywhere in memory, by cp.async into the layout that TMA gives the weights: the 16-byte chunk of a row is permuted by
-// row % 8. A lane of the warp loads the same two chunks of every 8th row. Absent rows hold anything: their sums are not used.
+// row % 8. A lane of the warp loads the same two chunks of every 8th row, and keeps their addresses in registers: one warp
+// loads all rows, so the fewer instructions the better. Absent rows hold anything: their sums are not used.
 struct RowGather {
-  static constexpr int kBatch = 8;  // rows located before the first copy: addresses in registers are few here
-  static_assert(kBlockM % (kBatch * 8) == 0);
+  static constexpr int kRows = kBlockM / 8;  // of a lane
+  static constexpr u32 kNextRows = 8 * kRowBytes;
   u32 lane;
-  const Element* const* rows;  // of the M-block, in shared memory; null: absent
-  int count;
+  int count;                // rows that are there
+  const char* from[kRows];  // this lane's chunk of the next step
+
+  DEVICE RowGather(u32 of_lane, const Element* const* rows, int there) : lane(of_lane), count(there) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = int(lane / 4) + i * 8;  // in place of an absent one beside it: one that can be read
+      from[i] = i * 8 < count ? reinterpret_cast<const char*>(rows[row < count ? row : count - 1]) + lane % 4 * 16 : nullptr;
+    }
+  }
 
   template <int kDepth>
-  DEVICE void load(u32 stage, int step) const {
+  DEVICE void load(u32 stage, int step) {
     const u32 first = lane / 4, byte = lane % 4 * 16;
     const u32 low = stage + first * kRowBytes + (byte ^ first * 16);
     const u32 high = stage + first * kRowBytes + (byte + 64 ^ first * 16);
-    const u32 at = u32(step) * kRowBytes + byte;
-    const bool low_inside = at < kDepth * sizeof(Element), high_inside = at + 64 < kDepth * sizeof(Element);
+    // What a row does not have of the last step is zeros, or their products would not be.
+    constexpr bool kWhole = kDepth % kBlockK == 0;
+    const u32 left = kDepth * sizeof(Element) - u32(step) * kRowBytes;
+    const bool low_inside = kWhole || byte < left, high_inside = kWhole || byte + 64 < left;
 #pragma unroll
-    for (int start = 0; start < kBlockM; start += kBatch * 8) {
-      if (start >= count) return;
-      const char* from[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) from[i] = reinterpret_cast<const char*>(rows[first + start + i * 8]);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const u32 row = (start + i * 8) * kRowBytes;
-        if (from[i] == nullptr) continue;
-        cp_async_16(low + row, low_inside ? from[i] + at : from[i], low_inside ? 16 : 0);
-        cp_async_16(high + row, high_inside ? from[i] + at + 64 : from[i], high_inside ? 16 : 0);
+    for (int i = 0; i < kRows; ++i) {
+      if (i * 8 < count) {
+        cp_async_16(low + i * kNextRows, from[i], low_inside ? 16 : 0);
+        cp_async_16(high + i * kNextRows, high_inside ? from[i] + 64 : from[i], high_inside ? 16 : 0);
       }
+      from[i] += kRowBytes;
     }
   }
 };
@@ -113,7 +118,7 @@ struct RowGather {
 // the next one, so more than kStages - 2 steps on their way would wait for each other. ready(step) returns when the step's
 // rows may be read. Nothing is on its way when this returns: the next task may have to wait for what this one makes.
 template <int kDepth, class Ready>
-DEVICE void gather_rows(const Pipeline& pipeline, StageTurn& turn, const RowGather& gather, Ready ready) {
+DEVICE void gather_rows(const Pipeline& pipeline, StageTurn& turn, RowGather& gather, Ready ready) {
   constexpr int kLanding = kStages - 2;
   StageTurn landed = turn;
   const auto hand_over = [&] {

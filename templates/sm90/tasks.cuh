@@ -69,7 +69,7 @@ DEVICE void load_task_weights(
 
 // ---- Loading rows ----
 DEVICE void gather_task_rows(const Call& call, TaskSlot& slot, const Pipeline& pipeline, StageTurn& turn) {
-  const RowGather gather{threadIdx.x % 32, slot.from, int(slot.task.block.rows)};
+  RowGather gather(threadIdx.x % 32, slot.from, int(slot.task.block.rows));
   const Span span(call, Work::gather, gather.lane == 0, slot.task.issue, slot.task.column);
   if (slot.task.kind == TaskKind::gemm1) {
     gather_rows<kHidden>(pipeline, turn, gather, [](int) {});
