@@ -16,7 +16,7 @@ from .experts import Experts
 from .instrument import Instrument
 from .launch.cuda import CudaTarget, device_count
 from .launch.host import HostTarget
-from .launch.target import Target, WeightBox
+from .launch.target import Target, TensorBox
 from .layout import HeapNeeds, WorkspaceLayout, return_slots
 from .plan import KernelPlan, TileConfig, default_tile, plan_kernel, resolve_combine
 from .render import generate
@@ -111,7 +111,7 @@ class MoELayer:
             compiled,
             threads=self._plan.threads,
             shared_bytes=self._plan.shared_bytes,
-            weights=_weight_boxes(spec, self.tile, self._plan),
+            boxes=_tensor_boxes(spec, self.tile, self._plan),
             # The driver then starts all blocks or none. Not where ranks share a GPU: what the stream of one runs before its
             # launch, such as the clearing after reset(), may find no room beside another's cooperative launch.
             cooperative=spec.world_size == 1,
@@ -412,15 +412,18 @@ def _resolve_target(target: str | None, communicator: comm.Communicator | None, 
     return HostTarget()
 
 
-def _weight_boxes(spec: MoESpec, tile: TileConfig, plan: KernelPlan) -> tuple[WeightBox, ...]:
-    """The tensor maps of gate, up and down that the kernel takes, in this order; none when it loads without them."""
+def _tensor_boxes(spec: MoESpec, tile: TileConfig, plan: KernelPlan) -> tuple[TensorBox, ...]:
+    """The tensor maps of gate, up, down and ring that the kernel takes, in this order; none when it loads without them."""
     inner, outer = plan.tensor_boxes
     if not inner:
         return ()
     hidden, middle, size = spec.hidden_size, spec.intermediate_size, spec.element.size
     gate = "gate" if spec.mlp == "gated" else "up"  # a vanilla MLP has no gate: its kernel never loads through that map
-    first = tuple(WeightBox(name, middle, hidden, inner, tile.block_k, size) for name in (gate, "up"))
-    return (*first, WeightBox("down", hidden, middle, outer, tile.block_k, size))
+    return (
+        *(TensorBox(name, "local_experts", middle, hidden, inner, tile.block_k, size) for name in (gate, "up")),
+        TensorBox("down", "local_experts", hidden, middle, outer, tile.block_k, size),
+        TensorBox("ring", "ring_slots", tile.block_m, middle, plan.ring_box, tile.block_k, size),
+    )
 
 
 def _resolve_comm(spec: MoESpec, communicator: comm.Communicator | None) -> comm.Communicator:

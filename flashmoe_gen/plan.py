@@ -162,6 +162,7 @@ class KernelPlan:
         min_blocks: blocks of a multiprocessor that the registers are limited for.
         tensor_boxes: rows of the boxes of the tensor maps of gate and up, and of down; 0 when the kernel takes no maps.
             A box is ``block_k`` elements of that many rows of one expert: what one block of a cluster loads.
+        ring_box: rows of a box of the intermediate ring's tensor map.
         loader_registers, consumer_registers: registers of a thread in the two roles of the wgmma program, else 0.
         near_end: steps before the end of a task at which the wgmma program claims the next one.
     """
@@ -176,6 +177,7 @@ class KernelPlan:
     shared_bytes: int
     min_blocks: int
     tensor_boxes: tuple[int, int] = (0, 0)
+    ring_box: int = 0
     loader_registers: int = 0
     consumer_registers: int = 0
     near_end: int = 0
@@ -291,6 +293,7 @@ def _plan_wgmma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, Any]:
         "shared_bytes": shared_bytes,
         "min_blocks": 1,
         "tensor_boxes": ((tile.block_n // 2 if gated else tile.block_n) // tile.cluster, tile.block_n // tile.cluster),
+        "ring_box": 64,
         # Together what three warpgroups get at the launch, 168 each; the sums of a consumer are block_n / 2.
         "loader_registers": 88,
         "consumer_registers": 208,

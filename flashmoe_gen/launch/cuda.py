@@ -16,7 +16,7 @@ import numpy as np
 from ..arch import ARCHS
 from ..cache import CompiledKernel
 from ..errors import CommError, FlashMoEError, SpecError, UnsupportedError
-from .target import WeightBox
+from .target import TensorBox
 
 logger = logging.getLogger("flashmoe_gen")
 
@@ -122,7 +122,7 @@ class CudaKernel:
         shared_bytes: dynamic shared memory of a block.
         max_workers: blocks that are resident at the same time on the whole GPU: whole clusters.
         cluster: blocks of a processor.
-        weights: the tensor maps it takes after its argument struct.
+        boxes: the tensor maps it takes after its argument struct.
         cooperative: its blocks wait for each other: the driver starts all of them or none.
     """
 
@@ -132,7 +132,7 @@ class CudaKernel:
     shared_bytes: int
     max_workers: int
     cluster: int
-    weights: tuple[WeightBox, ...]
+    boxes: tuple[TensorBox, ...]
     cooperative: bool
 
 
@@ -169,7 +169,7 @@ class CudaTarget:
         *,
         threads: int,
         shared_bytes: int,
-        weights: Sequence[WeightBox] = (),
+        boxes: Sequence[TensorBox] = (),
         cooperative: bool = False,
         cluster: int = 1,
     ) -> CudaKernel:
@@ -185,7 +185,7 @@ class CudaTarget:
                 f"{shared_bytes} bytes of shared memory per block."
             )
         return CudaKernel(
-            compiled, function.kernel, threads, shared_bytes, resident, cluster, tuple(weights), cooperative
+            compiled, function.kernel, threads, shared_bytes, resident, cluster, tuple(boxes), cooperative
         )
 
     def _resident(self, function: int, threads: int, shared_bytes: int, cluster: int) -> int:
@@ -256,21 +256,23 @@ class CudaTarget:
         return cupy.cuda.get_current_stream()
 
     def prepare(self, kernel: Any, args: np.ndarray[Any, Any]) -> tuple[Any, ...]:
-        return tuple(self._tensor_map(box, args[0]) for box in kernel.weights)
+        return tuple(self._tensor_map(box, args[0]) for box in kernel.boxes)
 
     def launch(
         self, kernel: Any, args: np.ndarray[Any, Any], workers: int, stream: Any, prepared: tuple[Any, ...] = ()
     ) -> None:
         kernel.function((workers,), (kernel.threads,), (args[0], *prepared), kernel.shared_bytes, stream, kernel.cooperative)
 
-    def _tensor_map(self, box: WeightBox, args: Any) -> np.ndarray[Any, Any]:
-        """The 128-byte tensor map of a weight matrix, encoded once per address."""
-        strides = int(args[f"{box.name}_expert_stride"]), int(args[f"{box.name}_row_stride"])
+    def _tensor_map(self, box: TensorBox, args: Any) -> np.ndarray[Any, Any]:
+        """The 128-byte tensor map of a box, encoded once per address."""
+        given = [f"{box.name}_expert_stride", f"{box.name}_row_stride"]
+        strides = [int(args[name]) if name in args.dtype.names else 0 for name in given]
+        strides = [stride or follows for stride, follows in zip(strides, (box.rows * box.columns, box.columns))]
         # A rank without experts has no weights and never loads them, but a map must have an address.
-        pointer, experts = int(args[box.name]) or int(args["ring"]), max(1, int(args["local_experts"]))
-        key = box, pointer, experts, strides
+        pointer, count = int(args[box.name]) or int(args["ring"]), max(1, int(args[box.count]))
+        key = box, pointer, count, *strides
         if key not in self._maps:
-            self._maps[key] = _encode_tensor_map(box, pointer, experts, *(stride or box.columns for stride in strides))
+            self._maps[key] = _encode_tensor_map(box, pointer, count, *strides)
         return self._maps[key]
 
     def synchronize(self) -> None:
@@ -280,9 +282,9 @@ class CudaTarget:
 
 
 def _encode_tensor_map(
-    box: WeightBox, pointer: int, experts: int, expert_stride: int, row_stride: int
+    box: TensorBox, pointer: int, count: int, matrix_stride: int, row_stride: int
 ) -> np.ndarray[Any, Any]:
-    """cuTensorMapEncodeTiled: [expert][row][column], 128-byte swizzle, zeros beyond the edges."""
+    """cuTensorMapEncodeTiled: [matrix][row][column], 128-byte swizzle, zeros beyond the edges."""
     from cuda.bindings import driver
 
     wide, narrow = driver.cuuint64_t, driver.cuuint32_t
@@ -291,8 +293,8 @@ def _encode_tensor_map(
         {2: types.CU_TENSOR_MAP_DATA_TYPE_UINT16}[box.size],
         3,
         pointer,
-        [wide(box.columns), wide(box.rows), wide(experts)],
-        [wide(row_stride * box.size), wide(expert_stride * box.size)],
+        [wide(box.columns), wide(box.rows), wide(count)],
+        [wide(row_stride * box.size), wide(matrix_stride * box.size)],
         [narrow(box.box_columns), narrow(box.box_rows), narrow(1)],
         [narrow(1)] * 3,
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,

@@ -15,7 +15,7 @@ import numpy as np
 from ..cache import Cache, CompiledKernel
 from ..errors import CommError, CompileError, FlashMoEError, SpecError
 from ..render import render_parts
-from .target import WeightBox
+from .target import TensorBox
 
 _ALIGN = 256
 
@@ -109,7 +109,7 @@ class HostTarget:
         *,
         threads: int,
         shared_bytes: int,
-        weights: Sequence[WeightBox] = (),
+        boxes: Sequence[TensorBox] = (),
         cooperative: bool = False,
         cluster: int = 1,
     ) -> HostKernel:

@@ -12,17 +12,20 @@ from ..cache import CompiledKernel
 
 
 @dataclass(frozen=True)
-class WeightBox:
-    """How a kernel loads one weight matrix ``[E_local, rows, columns]`` through a tensor map (PTX ISA, Tensor Memory Access).
+class TensorBox:
+    """How a kernel loads matrices ``[count, rows, columns]`` through a tensor map (PTX ISA, Tensor Memory Access).
 
     Attributes:
-        name: the field of ``MoEArgs`` with its address; ``<name>_expert_stride`` and ``<name>_row_stride`` go with it.
-        rows, columns: of one expert's matrix, in elements.
+        name: the field of ``MoEArgs`` with their address; ``<name>_expert_stride`` and ``<name>_row_stride`` go with it, or they
+            follow each other.
+        count: the field of ``MoEArgs`` with their number.
+        rows, columns: of one matrix, in elements.
         box_rows, box_columns: of one load.
         size: bytes of an element.
     """
 
     name: str
+    count: str
     rows: int
     columns: int
     box_rows: int
@@ -79,13 +82,13 @@ class Target(Protocol):
         *,
         threads: int,
         shared_bytes: int,
-        weights: Sequence[WeightBox] = (),
+        boxes: Sequence[TensorBox] = (),
         cooperative: bool = False,
         cluster: int = 1,
     ) -> Kernel:
         """Load a compiled kernel whose blocks have so many threads and bytes of dynamic shared memory (GPU).
 
-        ``weights`` are the tensor maps it takes after its argument struct; ``cooperative``: its blocks wait for each other;
+        ``boxes`` are the tensor maps it takes after its argument struct; ``cooperative``: its blocks wait for each other;
         ``cluster``: blocks of a processor.
         """
 
@@ -111,7 +114,7 @@ class Target(Protocol):
         """The stream of a call: the one given, else the current one of the library ``array`` belongs to."""
 
     def prepare(self, kernel: Kernel, args: np.ndarray[Any, Any]) -> tuple[Any, ...]:
-        """What a launch passes after the argument struct: the same as long as the weights' addresses in it are."""
+        """What a launch passes after the argument struct: the same as long as the addresses in it are."""
 
     def launch(
         self, kernel: Kernel, args: np.ndarray[Any, Any], workers: int, stream: Any, prepared: tuple[Any, ...] = ()

@@ -7,14 +7,15 @@ struct FinishedTiles {
   u32 bits = 0;
   bool aborted = false;
 
-  // After an abort the loads go on with whatever is in memory: no barrier may be left half-arrived.
-  DEVICE void wait(u32 column) {
-    if (aborted || (word == column / 32 && (bits >> column % 32 & 1) != 0)) return;
+  // After an abort the loads go on with whatever is in memory: no barrier may be left half-arrived. True: more was acquired.
+  DEVICE bool wait(u32 column) {
+    if (aborted || (word == column / 32 && (bits >> column % 32 & 1) != 0)) return false;
     u32 seen = 0;  // one lane acquires; pairs with publish_gemm1()
     if (threadIdx.x % 32 == 0 && wait_gemm1(call, issue, column))
       seen = load_acquire<Scope::device>(call.column_bits(issue) + column / 32);
     word = column / 32;
     bits = WarpGroup{}.broadcast(seen, 0);  // and orders the loads of all lanes after it
     aborted = bits == 0;
+    return true;
   }
 };

@@ -1,7 +1,7 @@
 // ---- Block program: the last block of the grid runs the OS, the clusters before its own process -----------------------
 // A processor is a cluster. A claim gives each of its blocks a task, one of neighbouring M-blocks, that multiplies the same
 // weights. A block is one warpgroup that fetches tasks and loads, and two that multiply. The loading warps have one job each:
-// fetch (claim a ticket, wait for its entry, look up its rows), TMA, gather, publish. They wait for each other and for the
+// fetch (claim a ticket, wait for its entry, look up its rows), weights, rows, publish. They wait for each other and for the
 // consumers through mbarriers alone, so each is as far ahead as its input allows.
 constexpr int kThreads = ${plan.threads};
 static_assert(kThreads == 128 + kConsumerThreads);
@@ -28,7 +28,7 @@ struct BlockState {
 static_assert(kWorkBytes % 128 == 0 && kWorkBytes + sizeof(BlockState) <= kSharedBytes);
 
 constexpr u32 kConsumerBarrier = 1, kLoaderBarrier = 2;  // 0 is __syncthreads()
-constexpr u32 kSlotUsers = 32 * (3 + kConsumerWarps);  // lanes that read a task: of TMA, gather, publish, consumers
+constexpr u32 kSlotUsers = 32 * (3 + kConsumerWarps);  // lanes that read a task: for weights, rows, publish, consumers
 
 DEVICE void init_barriers(BlockState& state, const Pipeline& pipeline) {
   pipeline.init();
@@ -46,11 +46,9 @@ DEVICE void init_barriers(BlockState& state, const Pipeline& pipeline) {
 DEVICE void look_up_rows(const WarpGroup& warp, const Call& call, const Task& task, TaskSlot& slot) {
   const Span span(call, Work::resolve, warp.lane == 0, task.issue, task.column);
   const int rows = int(task.block.rows);
-  for (int r = rows + warp.lane; r < kBlockM; r += warp.size) slot.from[r] = nullptr;
   each_row(warp, call, task.block, 0, rows, [&](int r, const Row& row) {
-    Element* const between = intermediate_row(call, task.issue, r);
-    slot.from[r] = task.kind == TaskKind::gemm1 ? input_row(call, row) : between;
-    slot.to[r] = task.kind == TaskKind::gemm1 ? between : output_row(call, row);
+    if (task.kind == TaskKind::gemm1) slot.from[r] = input_row(call, row);
+    slot.to[r] = task.kind == TaskKind::gemm1 ? intermediate_row(call, task.issue, r) : output_row(call, row);
     slot.weight[r] = row.entry.weight;
   });
 }
@@ -106,7 +104,7 @@ DEVICE void fetch_tasks(const Call& call, BlockState& state) {
   }
 }
 
-// TMA, gather and consumer warps: run(slot) for each task, in ticket order, until there are no more; then, by one lane and
+// Weight, row and consumer warps: run(slot) for each task, in ticket order, until there are no more; then, by one lane and
 // after the slot was given back, done().
 template <class Run, class Done>
 DEVICE void each_task(BlockState& state, Run run, Done done) {
@@ -143,7 +141,7 @@ DEVICE void publish_tasks(const Call& call, BlockState& state) {
   }
 }
 
-DEVICE void load_tasks(const Call& call, const WeightMaps& maps, BlockState& state, const Pipeline& pipeline) {
+DEVICE void load_tasks(const Call& call, const Maps& maps, BlockState& state, const Pipeline& pipeline) {
   const u32 warp = threadIdx.x / 32;
   StageTurn turn;
   if (warp == 0) {
@@ -155,7 +153,7 @@ DEVICE void load_tasks(const Call& call, const WeightMaps& maps, BlockState& sta
     };
     each_task(state, load, [] {});
   } else if (warp == 2) {
-    each_task(state, [&](TaskSlot& slot) { gather_task_rows(call, slot, pipeline, turn); }, [] {});
+    each_task(state, [&](TaskSlot& slot) { load_task_rows(call, maps, slot, pipeline, turn); }, [] {});
   } else {
     publish_tasks(call, state);
   }
@@ -184,7 +182,7 @@ DEVICE bool all_able(BlockState& state, bool able) {
   return all != 0;
 }
 
-DEVICE void run_tasks(BlockGroup& block, const Call& call, const WeightMaps& maps, char* work, BlockState& state, bool able) {
+DEVICE void run_tasks(BlockGroup& block, const Call& call, const Maps& maps, char* work, BlockState& state, bool able) {
   const Pipeline pipeline{shared_address(work), shared_address(state.stage_full), shared_address(state.stage_empty)};
   if (threadIdx.x == 0) init_barriers(state, pipeline);
   fence_proxy_async_shared();  // the planner's scratch was written by ordinary stores, TMA writes over it
@@ -212,7 +210,7 @@ DEVICE void wait_for_close(const Call& call) {
       [&](u64 queue) { return (queue & kClosed) != 0; });
 }
 
-DEVICE void process(BlockGroup& block, const Call& call, const WeightMaps& maps, char* work, BlockState& state) {
+DEVICE void process(BlockGroup& block, const Call& call, const Maps& maps, char* work, BlockState& state) {
   const int blocks = int(gridDim.x) - 1;  // without the OS
   const int planners = num_planners(call, blocks);
   bool able = true;
@@ -241,7 +239,8 @@ DEVICE void run_system(const Call& call, char* work) {
 extern "C" __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, ${plan.min_blocks})
     ${name}(
         const __grid_constant__ MoEArgs args, const __grid_constant__ TensorMap gate_map,
-        const __grid_constant__ TensorMap up_map, const __grid_constant__ TensorMap down_map) {
+        const __grid_constant__ TensorMap up_map, const __grid_constant__ TensorMap down_map,
+        const __grid_constant__ TensorMap ring_map) {
   extern __shared__ __align__(1024) char work[];
   BlockState& state = *reinterpret_cast<BlockState*>(work + kWorkBytes);
   BlockGroup block{state.sums};
@@ -250,6 +249,6 @@ extern "C" __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads
   const Call call = begin_call(args, blockIdx.x, gridDim.x, role);
   const Span span(call, Work::kernel, threadIdx.x == 0);
   if (system) run_system(call, work);
-  else process(block, call, WeightMaps{&gate_map, &up_map, &down_map}, work, state);
+  else process(block, call, Maps{&gate_map, &up_map, &down_map, &ring_map}, work, state);
   leave(block, begin_call(args, blockIdx.x, gridDim.x, role), blockIdx.x, gridDim.x);
 }

@@ -1,6 +1,6 @@
 // ---- The pipeline: stages in shared memory between one block's loaders and its two consumer warpgroups ---------------------
 // A stage holds one k step of kBlockM rows and kBlockN weight rows, 128 bytes each. It is full when the TMA has brought the
-// weights and the gather warp the rows; it is empty when every consumer warp has multiplied it. Whoever uses the pipeline
+// weights and the row warp the rows; it is empty when every consumer warp has multiplied it. Whoever uses the pipeline
 // counts its own turns, over all tasks: the loaders are up to kStages steps ahead, also into the next task.
 // The blocks of a cluster multiply the same weights with rows of their own: each loads a part of the weights into the stages of
 // all, so L2 is read once for the cluster. Their stages turn together: one is empty when the consumers of all blocks are done.
@@ -53,7 +53,7 @@ struct Pipeline {
 
   DEVICE void init() const {
     for (u32 stage = 0; stage < kStages; ++stage) {
-      mbarrier_init(full_barriers + stage * 8, 2);  // TMA and gather
+      mbarrier_init(full_barriers + stage * 8, 2);  // who loads weights, and who loads rows
       mbarrier_init(empty_barriers + stage * 8, kCluster * kConsumerWarps);
     }
   }
@@ -78,7 +78,8 @@ DEVICE void load_weights(const Pipeline& pipeline, StageTurn& turn, Load load, N
 
 // Rows anywhere in memory, by cp.async into the layout that TMA gives the weights: the 16-byte chunk of a row is permuted by
 // row % 8. A lane of the warp loads the same two chunks of every 8th row, and keeps their addresses in registers: one warp
-// loads all rows, so the fewer instructions the better. Absent rows hold anything: their sums are not used.
+// loads all rows, so the fewer instructions the better. Eight neighbouring lanes write half of row r and half of row r + 4,
+// which lie in different banks. Absent rows hold anything: their sums are not used.
 struct RowGather {
   static constexpr int kRows = kBlockM / 8;  // of a lane
   static constexpr u32 kNextRows = 8 * kRowBytes;
@@ -89,14 +90,16 @@ struct RowGather {
   DEVICE RowGather(u32 of_lane, const Element* const* rows, int there) : lane(of_lane), count(there) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int row = int(lane / 4) + i * 8;  // in place of an absent one beside it: one that can be read
+      const int row = int(first_row()) + i * 8;  // in place of an absent one beside it: one that can be read
       from[i] = i * 8 < count ? reinterpret_cast<const char*>(rows[row < count ? row : count - 1]) + lane % 4 * 16 : nullptr;
     }
   }
 
+  DEVICE u32 first_row() const { return lane / 8 + lane / 4 % 2 * 4; }
+
   template <int kDepth>
   DEVICE void load(u32 stage, int step) {
-    const u32 first = lane / 4, byte = lane % 4 * 16;
+    const u32 first = first_row(), byte = lane % 4 * 16;
     const u32 low = stage + first * kRowBytes + (byte ^ first * 16);
     const u32 high = stage + first * kRowBytes + (byte + 64 ^ first * 16);
     // What a row does not have of the last step is zeros, or their products would not be.
@@ -114,11 +117,11 @@ struct RowGather {
   }
 };
 
-// By the gather warp. A step is handed over kLanding steps after it was issued. Consumers give a stage back when they have
-// the next one, so more than kStages - 2 steps on their way would wait for each other. ready(step) returns when the step's
-// rows may be read. Nothing is on its way when this returns: the next task may have to wait for what this one makes.
-template <int kDepth, class Ready>
-DEVICE void gather_rows(const Pipeline& pipeline, StageTurn& turn, RowGather& gather, Ready ready) {
+// By the row warp. A step is handed over kLanding steps after it was issued. Consumers give a stage back when they have
+// the next one, so more than kStages - 2 steps on their way would wait for each other. Nothing is on its way when this returns:
+// the next task may have to wait for what this one makes.
+template <int kDepth>
+DEVICE void gather_rows(const Pipeline& pipeline, StageTurn& turn, RowGather& gather) {
   constexpr int kLanding = kStages - 2;
   StageTurn landed = turn;
   const auto hand_over = [&] {
@@ -129,7 +132,6 @@ DEVICE void gather_rows(const Pipeline& pipeline, StageTurn& turn, RowGather& ga
   };
 #pragma unroll 1
   for (int step = 0; step < kSteps<kDepth>; ++step) {
-    ready(step);
     pipeline.wait_empty(turn);
     gather.template load<kDepth>(pipeline.rows(turn), step);
     cp_async_commit_group();

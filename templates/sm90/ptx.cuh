@@ -57,6 +57,7 @@ DEVICE void barrier_cluster() {
 }
 
 // Memory Consistency Model, fence.proxy: ordinary accesses of this thread before, wgmma's and TMA's after.
+DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 DEVICE void fence_proxy_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Data Movement and Conversion, cp.async.bulk.tensor: the box of the map at (k, row, matrix); what lies outside is zero.

@@ -7,14 +7,15 @@ struct TaskSlot {
   Task task;
   u32 spoiled;                   // an abort left rows that must not be published; set before the last stage is full
   float weight[kBlockM];         // of the route
-  const Element* from[kBlockM];  // GEMM1: the input row, GEMM2: of the intermediate; null: no such row
+  const Element* from[kBlockM];  // GEMM1: the input row
   Element* to[kBlockM];          // GEMM1: of the intermediate, GEMM2: where the result goes
 };
 
-struct WeightMaps {
+struct Maps {
   const TensorMap* gate;
   const TensorMap* up;
   const TensorMap* down;
+  const TensorMap* ring;
 };
 
 // One lane of each consumer warpgroup records what the warpgroup does.
@@ -44,7 +45,7 @@ DEVICE void load_weight_rows(u32 to, const TensorMap* map, u32 full, int k, int 
 
 template <class NearEnd>
 DEVICE void load_task_weights(
-    const Call& call, const WeightMaps& maps, const Task& task, const Pipeline& pipeline, StageTurn& turn, NearEnd near_end) {
+    const Call& call, const Maps& maps, const Task& task, const Pipeline& pipeline, StageTurn& turn, NearEnd near_end) {
   const Span span(call, Work::weights, true, task.issue, task.column);
   const int expert = int(task.block.expert_slot);
   // Weights that are read once should not drive rows, results and this code out of L2.
@@ -68,19 +69,41 @@ DEVICE void load_task_weights(
 }
 
 // ---- Loading rows ----
-DEVICE void gather_task_rows(const Call& call, TaskSlot& slot, const Pipeline& pipeline, StageTurn& turn) {
+// GEMM1: from anywhere.
+DEVICE void gather_input(const TaskSlot& slot, const Pipeline& pipeline, StageTurn& turn) {
   RowGather gather(threadIdx.x % 32, slot.from, int(slot.task.block.rows));
-  const Span span(call, Work::gather, gather.lane == 0, slot.task.issue, slot.task.column);
-  if (slot.task.kind == TaskKind::gemm1) {
-    gather_rows<kHidden>(pipeline, turn, gather, [](int) {});
-  } else {
-    FinishedTiles finished{call, slot.task.issue};
-    gather_rows<kIntermediate>(pipeline, turn, gather, [&](int step) {
-      const int begin = step * kBlockK, end = begin + kBlockK < kIntermediate ? begin + kBlockK : kIntermediate;
-      for (int tile = begin / kIntermediateColumns; tile * kIntermediateColumns < end; ++tile) finished.wait(u32(tile));
-      if (finished.aborted) slot.spoiled = 1;
-    });
+  gather_rows<kHidden>(pipeline, turn, gather);
+}
+
+// GEMM2: the rows of an M-block follow each other in the ring, so TMA brings them, kRingRows at a time.
+constexpr u32 kRingRows = ${plan.ring_box};
+
+DEVICE void load_intermediate(const Call& call, const Maps& maps, TaskSlot& slot, const Pipeline& pipeline, StageTurn& turn) {
+  const u32 rows = slot.task.block.rows;
+  const int place = int(slot.task.issue % u32(call.args.ring_slots));
+  FinishedTiles finished{call, slot.task.issue};
+#pragma unroll 1
+  for (int step = 0; step < kSteps<kIntermediate>; ++step) {
+    const int begin = step * kBlockK, end = begin + kBlockK < kIntermediate ? begin + kBlockK : kIntermediate;
+    bool acquired = false;
+    for (int tile = begin / kIntermediateColumns; tile * kIntermediateColumns < end; ++tile) acquired |= finished.wait(u32(tile));
+    if (finished.aborted) slot.spoiled = 1;
+    pipeline.wait_empty(turn);
+    if (threadIdx.x % 32 == 0) {
+      if (acquired) fence_proxy_async_global();  // ordinary stores of other blocks, acquired by this thread, are read by TMA
+      mbarrier_arrive_expect_tx(pipeline.full(turn), (rows + kRingRows - 1) / kRingRows * kRingRows * kRowBytes);
+      for (u32 row = 0; row < rows; row += kRingRows)
+        cp_async_bulk_tensor_3d(pipeline.rows(turn) + row * kRowBytes, maps.ring, pipeline.full(turn), begin, int(row), place,
+                                createpolicy_evict_normal());
+    }
+    turn.advance();
   }
+}
+
+DEVICE void load_task_rows(const Call& call, const Maps& maps, TaskSlot& slot, const Pipeline& pipeline, StageTurn& turn) {
+  const Span span(call, Work::gather, threadIdx.x % 32 == 0, slot.task.issue, slot.task.column);
+  if (slot.task.kind == TaskKind::gemm1) gather_input(slot, pipeline, turn);
+  else load_intermediate(call, maps, slot, pipeline, turn);
 }
 
 // ---- Epilogue: each warp turns its 16 rows, 64 columns at a time, into 16-byte vectors ----
