@@ -295,8 +295,8 @@ def _plan_wgmma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, Any]:
         "tensor_boxes": ((tile.block_n // 2 if gated else tile.block_n) // tile.cluster, tile.block_n // tile.cluster),
         "ring_box": 64,
         # Together what three warpgroups get at the launch, 168 each; the sums of a consumer are block_n / 2.
-        "loader_registers": 88,
-        "consumer_registers": 208,
+        "loader_registers": 104,
+        "consumer_registers": 200,
         "near_end": 2 * tile.stages,
     }
 

@@ -81,7 +81,7 @@ def _corners() -> Iterator[Case]:
     yield Case("vanilla gelu", vanilla, arch)
     yield Case("one wgmma step", BASE.replace(hidden_size=8, intermediate_size=8), arch)
     yield Case("narrow wgmma", BASE, arch, tile=TileConfig(128, 128, 64, 6, 8, 1))
-    yield Case("vanilla wgmma of 192", vanilla, arch, tile=TileConfig(128, 192, 64, 5, 8, 1))
+    yield Case("vanilla wgmma of 192", vanilla, arch, tile=TileConfig(128, 192, 64, 5, 8, 1, cluster=2))
     yield Case("one row of warps", BASE, arch, tile=TileConfig(16, 64, 64, 4, 1, 4, program="mma"))
     yield Case("rows of 64 bytes", BASE, arch, tile=TileConfig(64, 128, 32, 4, 2, 4, program="mma"))
     yield Case("three blocks", BASE, arch, tile=TileConfig(64, 64, 64, 3, 2, 2, program="mma"))
@@ -171,6 +171,7 @@ def test_default_tiles_fill_a_multiprocessor(dtype: str, math: str | None, arch:
         TileConfig(40, 128, 64, 3, 2, 2, program="mma"),
         TileConfig(64, 72, 64, 3, 2, 2, program="mma"),
         TileConfig(64, 128, 64, 3, 2, 1, program="mma"),  # two warps
+        TileConfig(64, 128, 64, 3, 2, 2, program="mma", cluster=2),
         TileConfig(64, 256, 64, 4, 4, 1),  # one consumer warpgroup
         TileConfig(128, 256, 64, 4, 4, 2),
         TileConfig(128, 64, 64, 4, 8, 1),  # 32 columns of gate and up

@@ -27,6 +27,7 @@ TILES: dict[str, dict[str, dict[str, int]]] = {
         "half as wide": {"block_n": 128},
         "3 stages": {"stages": 3},
         "half as wide, 6 stages": {"block_n": 128, "stages": 6},
+        "blocks on their own": {"cluster": 1},
     },
     "bfloat16/mma": {
         "16 x 128": {"block_m": 16, "block_n": 128, "stages": 2, "warps_m": 1, "warps_n": 4},
@@ -96,7 +97,7 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "2 ranks": {"world_size": 2},
     "3 ranks": {"world_size": 3},
     "4 ranks, 5 blocks each": {"world_size": 4, "max_blocks": 5},
-    "2 blocks": {"max_blocks": 2},
+    "4 blocks": {"max_blocks": 4},
     "no lag": {"lag": 0},
     "2 ranks, lag 9": {"world_size": 2, "lag": 9},
     "groups of 5": {"group": 5},

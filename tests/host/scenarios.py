@@ -42,6 +42,7 @@ class Scenario:
         processors: int = 2,
         ring_slots: int | None = None,
         group: int = 1,
+        cluster: int = 1,
         seed: int = 0,
     ) -> None:
         self.world_size = world_size
@@ -53,7 +54,7 @@ class Scenario:
             spec = fmg.MoESpec(
                 size, 24, experts, 2, dtype="float32", max_tokens=40, world_size=world_size, capacity=capacity
             )
-            tile = fmg.TileConfig(block_m=4, block_n=8, combine=combine, lag=1, group=group)
+            tile = fmg.TileConfig(block_m=4, block_n=8, combine=combine, lag=1, group=group, cluster=cluster)
             world = World(spec, tile=tile, placement=placement, processors=processors, comms=comms)
             self.worlds.append((world, Problem(spec, seed)))
             if ring_slots is not None:
@@ -114,4 +115,5 @@ def standard() -> list[Scenario]:
         Scenario(3, combine="rank", counts=changing[:3], slots=[[], [4, 0], [1, 2, 3]], hidden=(32, 16), seed=2),
         Scenario(4, combine="rank", counts=changing, capacity=6, processors=1, seed=3),
         Scenario(4, combine="route", counts=changing, capacity=3, group=2, seed=4),
+        Scenario(2, combine="route", counts=changing[:2], processors=3, group=3, cluster=2, seed=5),
     ]

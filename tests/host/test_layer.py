@@ -49,7 +49,8 @@ TILE = fmg.TileConfig(block_m=8, block_n=24, lag=1)
 
 @pytest.fixture(scope="module", autouse=True)
 def built() -> None:
-    prebuild([(problem(name, KERNELS[name]["top_k"]).spec, "moe", TILE) for name in KERNELS])
+    tiles = [TILE, TILE.replace(cluster=2)]
+    prebuild([(problem(name, KERNELS[name]["top_k"]).spec, "moe", tile) for name in KERNELS for tile in tiles])
 
 
 @functools.cache
@@ -81,6 +82,7 @@ def cases(draw: Any) -> dict[str, Any]:
         "capacity": draw(st.sampled_from([None, None, 1, 5])),
         "processors": draw(st.integers(1, 3)),
         "group": draw(st.sampled_from([1, 2, 5])),
+        "cluster": draw(st.sampled_from([1, 2])),
         "seed": draw(st.integers(0, 1000)),
     }
 
@@ -88,7 +90,7 @@ def cases(draw: Any) -> dict[str, Any]:
 def build(case: dict[str, Any]) -> tuple[World, Problem, list[Any]]:
     base = problem(case["kernel"], case["experts"])
     spec = base.spec.replace(max_tokens=90, world_size=case["world_size"], capacity=case["capacity"])
-    tile = TILE.replace(combine=case["combine"], group=case["group"])
+    tile = TILE.replace(combine=case["combine"], group=case["group"], cluster=case["cluster"])
     world = World(spec, tile=tile, placement=case["placement"], processors=case["processors"])
     inputs = [
         (base.tokens(count, case["seed"] + rank), *routes(spec, count, kind, case["seed"] + rank))
