@@ -68,11 +68,10 @@ DEVICE Task claim_task(const Call& call, BlockState& state, u32 side) {
   return task;
 }
 
-DEVICE Task receive_task(BlockState& state, const Turn<kSlots>& turn) {
+DEVICE Task receive_task(const BlockState& state, const Turn<kSlots>& turn) {
   while (!mbarrier_try_wait_parity_cluster(shared_address(&state.mail_full[turn.index]), turn.phase)) {
   }
   const uint4 words[2] = {state.mail[turn.index][0], state.mail[turn.index][1]};
-  mbarrier_arrive_relaxed_cluster(mapa(shared_address(&state.slot_empty[turn.index]), 0));  // the mail has been read
   Task task;
   memcpy(&task, words, sizeof task);
   return task;
@@ -97,6 +96,8 @@ DEVICE void fetch_tasks(const Call& call, BlockState& state) {
     look_up_rows(warp, call, task, slot);
     mbarrier_arrive(shared_address(&state.slot_full[turn.index]));
     if (task.kind == TaskKind::closed) return;
+    if (member != 0 && warp.lane == 0)  // the mail has been read
+      mbarrier_arrive_release_cluster(mapa(shared_address(&state.slot_empty[turn.index]), 0));
     turn.advance();
     if (task.kind == TaskKind::none || member != 0) continue;
     wait_barrier(shared_address(&state.near_end), claimed.phase);
