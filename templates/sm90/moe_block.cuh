@@ -176,6 +176,7 @@ DEVICE void consume_tasks(const Call& call, BlockState& state, char* work, const
 // Before a block uses the barriers of another they must be there, and both must have got so far.
 DEVICE bool all_able(BlockState& state, bool able) {
   if constexpr (kCluster == 1) return able;
+  barrier_cluster();  // a block has shared memory once it runs
   if (threadIdx.x < kCluster) st_shared_cluster(mapa(shared_address(&state.able[cluster_ctarank()]), threadIdx.x), able);
   barrier_cluster();
   u32 all = 1;
