@@ -73,8 +73,8 @@ class MoELayer:
         comm: this rank's communicator; not needed for ``world_size=1``.
         placement: which rank holds which expert; default :meth:`Placement.default`.
         stream: CUDA stream of the calls (``target="cuda"``); default: the current one of the array library at each call.
-        max_blocks: the most blocks of a launch (``target="cuda"``); default: all that are resident at the same time, shared
-            evenly by the ranks of this process.
+        max_blocks: the most blocks of a launch (``target="cuda"``), of which whole clusters are used; default: all that are
+            resident at the same time, shared evenly by the ranks of this process.
         instrument: tracing or random delays in the kernel, for looking into it; default none.
 
     Making a layer is collective: every rank makes the same layers in the same order, before the first call.
