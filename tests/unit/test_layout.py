@@ -1,0 +1,54 @@
+"""The workspace holds what the scheduler may ask of it, for any spec, tile and number of processors."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flashmoe_gen as fmg
+from flashmoe_gen.layout import WorkspaceLayout
+from flashmoe_gen.plan import plan_kernel
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    max_tokens=st.sampled_from([1, 2, 127, 4096]),
+    top_k=st.integers(1, 8),
+    world_size=st.integers(1, 8),
+    local_experts=st.integers(0, 64),
+    size=st.sampled_from([(64, 32), (2048, 768), (4096, 14336)]),
+    group=st.sampled_from([None, 1, 3, 8, 64]),
+    lag=st.sampled_from([None, 0, 1, 1024]),
+    cluster=st.sampled_from([1, 2]),
+    processors=st.sampled_from([1, 2, 65, 131]),
+)
+def test_groups_fit_the_ring_and_the_queue(
+    max_tokens: int,
+    top_k: int,
+    world_size: int,
+    local_experts: int,
+    size: tuple[int, int],
+    group: int | None,
+    lag: int | None,
+    cluster: int,
+    processors: int,
+) -> None:
+    spec = fmg.MoESpec(*size, 512, top_k, max_tokens=max_tokens, world_size=world_size)
+    tile = fmg.default_tile(spec, "sm_90a").replace(group=group, lag=lag, cluster=cluster)
+    layout = WorkspaceLayout.of(
+        spec,
+        tile,
+        plan_kernel(spec, tile, "sm_90a"),
+        combine="route",
+        local_experts=local_experts,
+        processors=processors,
+        planners=processors * cluster,
+    )
+    most, ring = layout.sizes["max_group"], layout.sizes["ring_slots"]
+    assert most % cluster == 0 and cluster <= most <= ring, "a group that never fits would never be issued"
+    # The worst routing: as many experts as can be have one row, and one has the rest. Groups take the slots of full ones.
+    rows = max_tokens * top_k * world_size if local_experts else 0
+    experts = min(local_experts, rows)
+    heights = [rows - experts + 1, *[1] * (experts - 1)] if experts else []
+    slots = sum(-(-height // (most * tile.block_m)) * most for height in heights)
+    assert slots <= layout.regions["appended"].bytes // 4, "an M-block would have no entry"
