@@ -38,7 +38,8 @@ class TileConfig:
         lag: M-blocks whose GEMM1 come between a GEMM1 and its GEMM2 in the task order, ``None``: as many as keep a GEMM2
             from waiting for tiles that have only just been claimed. A launch argument too.
         group: most M-blocks of one expert whose tasks follow each other column by column, so that a weight tile is read
-            from memory once; ``None``: several where an expert's weights do not fit L2. A launch argument too.
+            from memory once; ``None``: several where an expert's weights do not fit L2. A multiple of ``cluster``, or rounded up
+            to one. A launch argument too.
         cluster: blocks that take neighbouring M-blocks together and load their weights once for all; 2 for the wgmma
             program alone (and for the host, where it only groups tasks).
         program: block program: ``"wgmma"`` (sm_90a, 16-bit dtypes) or ``"mma"`` (any GPU); ``None`` takes wgmma where it runs.
