@@ -158,8 +158,7 @@ class WorkspaceLayout:
         cluster = tile.cluster
         max_group = tile.group or (_GROUP if expert_bytes > _L2_SHARE else 1)
         max_group = _ceil(max_group, cluster) * cluster
-        # A group takes as many M-blocks as a full one, so an expert's last group may count for max_group of them.
-        blocks = rows // tile.block_m + max_group * min(local_experts, rows)
+        blocks = rows // tile.block_m + cluster * min(local_experts, rows)  # the rest of an expert's rows may be a whole claim
         by_rank = combine == "rank"
         # Processors hold two tickets each, the running and the next one: a GEMM2 that follows its GEMM1 by fewer tasks than
         # that would wait for tiles that have only just been claimed. `lag` M-blocks put lag GEMM1 and lag - 1 GEMM2 between.

@@ -40,8 +40,8 @@ class TileConfig:
         group: most M-blocks of one expert whose tasks follow each other column by column, so that a weight tile is read
             from memory once; ``None``: several where an expert's weights do not fit L2. A multiple of ``cluster``, or rounded up
             to one. A launch argument too.
-        cluster: blocks that take neighbouring M-blocks together and load their weights once for all; 2 for the wgmma
-            program alone (and for the host, where it only groups tasks).
+        cluster: blocks that take neighbouring M-blocks together and load their weights once for all, or, where one M-block has
+            all rows, neighbouring column tiles; 2 for the wgmma program alone (and for the host, where it only groups tasks).
         program: block program: ``"wgmma"`` (sm_90a, 16-bit dtypes) or ``"mma"`` (any GPU); ``None`` takes wgmma where it runs.
 
     Raises:

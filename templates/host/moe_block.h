@@ -1,13 +1,14 @@
 // ---- Block program: one thread per role ------------------------------------------------------------------------------
 DEVICE Task fetch_task(const Call& call) {
   const Span span(call, Work::fetch, true);
-  return wait_ready(call, claim(call));
+  return claim_task(call);
 }
 
 // One member after the other. False when the call is aborted.
 DEVICE bool run_task(const Call& call, const Task& task, TileScratch& scratch) {
   for (u32 member = 0; member < kCluster; ++member) {
     const Task share = share_of(task, member);
+    if (share.block.rows == 0) continue;
     if (task.kind == TaskKind::gemm1) gemm1_tile(call, share, scratch);
     if (task.kind == TaskKind::gemm2 && !gemm2_tile(call, share, scratch)) return false;
   }

@@ -130,15 +130,12 @@ DEVICE void write_lists(Group& group, const Call& call, u64 first, u64 last, con
   add_tallies(group, args, scratch);
 }
 
+// The counts of all planners together; base becomes what the planners before this one have.
 template <class Group>
-DEVICE bool plan_routes(Group& group, const Call& call, int planner, int planners, const PlannerScratch& scratch) {
+DEVICE bool add_counts(Group& group, const Call& call, int planner, int planners, const PlannerScratch& scratch) {
   const MoEArgs& args = call.args;
-  const int share = (call.tokens + planners - 1) / planners;
-  const int from = planner * share < call.tokens ? planner * share : call.tokens;
-  const int to = from + share < call.tokens ? from + share : call.tokens;
-  const u64 first = u64(from) * kTopK, last = u64(to) * kTopK;
-
-  count_routes(group, call, first, last, scratch);
+  for (int q = group.lane; q < args.num_experts; q += group.size) scratch.base[q] = 0;
+  if (planners == 1) return true;
   u32* const mine = args.planner_counts + u64(planner) * args.num_experts;
   for (int q = group.lane; q < args.num_experts; q += group.size) mine[q] = scratch.count[q];
   group.sync();
@@ -153,15 +150,32 @@ DEVICE bool plan_routes(Group& group, const Call& call, int planner, int planner
         [&](u64 seen) { return seen == u64(planners); });
   }
   if (group.any(!counted)) return false;
-
   for (int q = group.lane; q < args.num_experts; q += group.size) {
     u32 total = 0, base = 0;
+#pragma unroll 8
     for (int other = 0; other < planners; ++other) {
       const u32 count = args.planner_counts[u64(other) * args.num_experts + q];
-      if (other < planner) base += count;
+      base += other < planner ? count : 0;
       total += count;
     }
     scratch.base[q] = base;
+    scratch.count[q] = total;
+  }
+  return true;
+}
+
+template <class Group>
+DEVICE bool plan_routes(Group& group, const Call& call, int planner, int planners, const PlannerScratch& scratch) {
+  const MoEArgs& args = call.args;
+  const int share = (call.tokens + planners - 1) / planners;
+  const int from = planner * share < call.tokens ? planner * share : call.tokens;
+  const int to = from + share < call.tokens ? from + share : call.tokens;
+  const u64 first = u64(from) * kTopK, last = u64(to) * kTopK;
+
+  count_routes(group, call, first, last, scratch);
+  if (!add_counts(group, call, planner, planners, scratch)) return false;
+  for (int q = group.lane; q < args.num_experts; q += group.size) {
+    const u32 total = scratch.count[q];
     scratch.count[q] = scratch.offset[q] = total < u32(args.capacity) ? total : u32(args.capacity);
   }
   group.sync();

@@ -1,21 +1,21 @@
 // ---- Processors: claim a ticket, wait until its task exists, run it, publish the result -------------------------------
-enum class TaskKind : u32 { none, gemm1, gemm2, closed };
+enum class TaskKind : u32 { gemm1, gemm2, closed };
 
 struct Task {
   TaskKind kind;
-  u32 issue;   // which M-block, in the order of the queue
-  u32 column;  // tile
-  u32 once;    // 1: no other claim reads its weight tile
+  u32 issue;    // which M-block, in the order of the queue
+  u32 column;   // tile
+  bool once;    // no other claim reads its weight tile
+  bool shared;  // the members multiply the same weights, each an M-block of its own
   ReadyBlock block;
 };
 static_assert(sizeof(Task) == 32);
 
-DEVICE u32 claim(const Call& call) { return fetch_add_relaxed(&call.counters().task_ticket, 1u); }
-
 // What a ticket stands for, once the scheduler has published its entry: a column tile of kCluster neighbouring M-blocks, in
-// one Task that has the rows of all. TaskKind::closed when there is no such task any more.
-DEVICE Task wait_ready(const Call& call, u32 ticket) {
-  Task task{TaskKind::closed, 0, 0, 0, {}};
+// one Task that has the rows of all; or, where one M-block has all rows, kCluster column tiles of it. False when it stands for
+// nothing: the group has no such M-blocks, or an earlier ticket has this column. TaskKind::closed when no more tasks come.
+DEVICE bool wait_ready(const Call& call, u32 ticket, Task& task) {
+  task = Task{TaskKind::closed, 0, 0, false, false, {}};
   constexpr u32 kTiles = kGemm1Tiles + kGemm2Tiles;
   u32 claims = 1, index = 0;  // of a column of the group
   bool exists = false;
@@ -27,31 +27,47 @@ DEVICE Task wait_ready(const Call& call, u32 ticket) {
         exists = claims != 0 && u32(queue) > index;
         return exists || (queue & kClosed) != 0;
       });
-  if (!waited || !exists) return task;
+  if (!waited || !exists) return true;
   const u32 part = ticket - index * claims * kTiles;
   const u32 column = part / claims, member = part % claims * kCluster;  // the group's M-blocks follow each other: one weight tile
   const bool second = column >= u32(kGemm1Tiles);
   const ReadyBlock whole = call.args.entries[2 * u64(index) + second];
   const u32 first_row = whole.first_row + member * kBlockM;
-  task.kind = TaskKind::none;
-  if (member * kBlockM >= whole.rows) return task;
+  if (member * kBlockM >= whole.rows) return false;
   constexpr u32 kMost = kCluster * kBlockM;
   const u32 rest = whole.rows - member * kBlockM;
   task.kind = second ? TaskKind::gemm2 : TaskKind::gemm1;
   task.issue = whole.unit + member;
   task.column = second ? column - kGemm1Tiles : column;
   task.once = first_row == 0 && rest < kMost;
+  task.shared = kCluster > 1 && rest > kBlockM;
   task.block = ReadyBlock{whole.expert_slot, first_row, rest < kMost ? rest : kMost, task.issue};
+  return task.shared || task.column % kCluster == 0;
+}
+
+// By one lane: a ticket for the next task, and the wait until that exists.
+DEVICE Task claim_task(const Call& call) {
+  Task task;
+  while (!wait_ready(call, fetch_add_relaxed(&call.counters().task_ticket, 1u), task)) {
+  }
+  if (aborted(call)) task.kind = TaskKind::closed;
   return task;
 }
 
-// The part of a member: an equal share of the rows, so that all end together; with few rows the last members have none.
+// The part of a member: an equal share of the rows, so that all end together, or a column tile. Past the last column it has
+// no rows: then there is nothing to do and nothing to publish.
 DEVICE Task share_of(Task task, u32 member) {
-  const u32 share = (task.block.rows + kCluster - 1) / kCluster;
-  const u32 start = member * share < task.block.rows ? member * share : task.block.rows;
-  const u32 rest = task.block.rows - start;
-  task.issue += member;
-  task.block = ReadyBlock{task.block.expert_slot, task.block.first_row + start, rest < share ? rest : share, task.issue};
+  const u32 rows = task.block.rows;
+  if (task.shared) {
+    const u32 share = (rows + kCluster - 1) / kCluster;
+    const u32 rest = rows - member * share;
+    task.issue += member;
+    task.block = ReadyBlock{
+        task.block.expert_slot, task.block.first_row + member * share, rest < share ? rest : share, task.issue};
+  } else {
+    task.column += member;
+    if (task.column >= u32(task.kind == TaskKind::gemm1 ? kGemm1Tiles : kGemm2Tiles)) task.block.rows = 0;
+  }
   return task;
 }
 

@@ -1,7 +1,7 @@
 // ---- Scheduler: appends work to the task queue as soon as nothing remote is missing for it -----------------------------
 // A group is up to `group` consecutive M-blocks of one expert; their tasks are ordered column by column, so that a weight
-// tile is read from memory once. The queue is a list of entries {GEMM1 group, GEMM2 group}; each stands for
-// group * (kGemm1Tiles + kGemm2Tiles) tasks, and a ticket names kCluster of them. A group is appended when all its rows are here
+// tile is read from memory once. The queue is a list of entries {GEMM1 group, GEMM2 group}; each has the tickets of
+// group * (kGemm1Tiles + kGemm2Tiles) tasks, one for kCluster of them. A group is appended when all its rows are here
 // and its M-blocks hold slots of the intermediate ring; its GEMM2 follows `lag` groups later, or at once when processors
 // wait for work. So a claimed task waits only for tasks with lower tickets, which run: no cycle.
 
@@ -23,6 +23,7 @@ DEVICE bool gather_counts(Group& group, const Call& call, const SchedulerScratch
     const u64* words = call.count_words(args.rank, source);
     bool here = true;
     if (group.lane == 0) here = wait_word(call, Await::counts, u32(source), words);
+    group.sync();  // lanes that ran ahead would find each of their words missing, and wait for one after the other
     constexpr int kBatch = 4;  // words on their way to a lane at a time; each is complete in itself
     for (int first = group.lane; here && first < experts; first += kBatch * group.size) {
       u64 seen[kBatch];
@@ -94,6 +95,7 @@ struct Queue {
   u32 groups = 0;   // to be appended in this call
   u32 entries = 0;  // written
   u32 issued = 0;   // groups whose GEMM1 is in the queue
+  u32 highest = 0;  // no group from here on is
   u32 second = 0;   // groups whose GEMM2 is in the queue
   u32 units = 0;    // M-blocks of the issued groups
   u32 retired = 0;  // leading M-blocks whose GEMM2 is finished: their ring slots are free
@@ -107,15 +109,19 @@ DEVICE u32 group_size(u32 blocks, u32 active, u32 most) {
   return whole < most ? whole : most;
 }
 
-// M-blocks that so many rows of an expert take: whole claims.
-DEVICE u32 members_of(u32 rows) { return (rows + kCluster * kBlockM - 1) / (kCluster * kBlockM) * kCluster; }
+// M-blocks that so many rows of an expert take: kCluster for each claim, but one for a last claim that has no more rows.
+DEVICE u32 members_of(u32 rows) {
+  constexpr u32 kMost = kCluster * kBlockM;
+  const u32 rest = rows % kMost;
+  return rows / kMost * kCluster + (rest == 0 ? 0 : rest <= kBlockM ? 1 : kCluster);
+}
 
-// The lag in groups: as many tasks between a GEMM1 and its GEMM2 as `lag` single M-blocks would put there.
-DEVICE u32 group_lag(u32 lag, u32 group) {
+// The lag in groups that have so many M-blocks: as many tasks between a GEMM1 and its GEMM2 as `lag` single M-blocks put there.
+DEVICE u32 group_lag(u32 lag, u32 members) {
   constexpr u32 kTiles = kGemm1Tiles + kGemm2Tiles;
   if (lag == 0) return 0;
   const u32 between = lag * kTiles - kGemm2Tiles;
-  return ((between + group - 1) / group + kGemm2Tiles + kTiles - 1) / kTiles;
+  return ((between + members - 1) / members + kGemm2Tiles + kTiles - 1) / kTiles;
 }
 
 // Append the ready ones of groups [base, base + group.size).
@@ -123,33 +129,32 @@ template <class Group>
 DEVICE void append_ready(Group& group, const Call& call, const SchedulerScratch& scratch, Queue& queue, u32 base) {
   const MoEArgs& args = call.args;
   const u32 m = base + group.lane;
-  const bool candidate = m < queue.groups && args.appended[m] != call.epoch;
+  const bool candidate = m < queue.groups && (m >= queue.highest || args.appended[m] != call.epoch);
   ReadyBlock block{};
   if (m < queue.groups) block = group_at(scratch, args.local_experts, queue.group * kBlockM, m);
   const bool ready = candidate && (queue.all_here || rows_arrived(call, block));
-  u32 total = 0;
-  const u32 rank = group.exclusive_count(ready, &total);
-  const u32 room = (u32(args.ring_slots) - (queue.units - queue.retired)) / queue.group;
-  const u32 taken = total < room ? total : room;
-  // Every group takes the slots of a full one: M-blocks that nobody will claim count as finished.
-  if (ready && rank < taken) {
-    const u32 issue = queue.issued + rank;
-    block.unit = queue.units + rank * queue.group;
+  const u32 room = u32(args.ring_slots) - (queue.units - queue.retired);
+  const u32 members = ready ? members_of(block.rows) : 0;
+  u32 total = 0, taken = 0;
+  const u32 before = group.exclusive_sum(members, &total);
+  const bool fits = ready && before + members <= room;
+  const u32 rank = group.exclusive_count(fits, &taken);
+  if (fits) {
+    block.unit = queue.units + before;
     args.appended[m] = call.epoch;
-    args.ready[issue] = block;
-    for (u32 i = members_of(block.rows); i < queue.group; ++i)
-      store_relaxed(call.gemm2_done(block.unit + i), u32(kGemm2Tiles));
+    args.ready[queue.issued + rank] = block;
   }
   group.sync();  // a GEMM2 may be of a group that another lane has just issued
-  if (ready && rank < taken) {
+  if (fits) {
     const int second = int(queue.issued + rank) - int(queue.lag);
     ReadyBlock* const entry = args.entries + 2 * u64(queue.entries + rank);
     entry[0] = block;
     entry[1] = second >= int(queue.second) ? args.ready[second] : ReadyBlock{};
   }
+  if (taken != 0 && base + group.size > queue.highest) queue.highest = base + group.size;
   queue.entries += taken;
   queue.issued += taken;
-  queue.units += taken * queue.group;
+  queue.units += group.sum(fits ? members : 0);
   const int second = int(queue.issued) - int(queue.lag);
   if (second > int(queue.second)) queue.second = u32(second);
 }
@@ -179,11 +184,11 @@ DEVICE Queue plan_queue(Group& group, const Call& call, const SchedulerScratch& 
   active = group.sum(active);
   Queue queue;
   queue.group = group_size(blocks, active, u32(args.max_group));
-  queue.lag = group_lag(u32(args.lag), queue.group);
   const u32 height = queue.group * kBlockM;
   for (int slot = group.lane; slot < experts; slot += group.size)
     scratch.first_group[slot] = (scratch.rows[slot] + height - 1) / height;
   queue.groups = exclusive_scan(group, scratch.first_group, experts);
+  queue.lag = queue.groups == 0 ? 0 : group_lag(u32(args.lag), blocks / queue.groups);
   if (group.lane == 0) {
     fetch_add_relaxed(&args.state->rows, u64(rows));
     fetch_add_relaxed(&args.state->blocks, u64(blocks));

@@ -42,8 +42,7 @@ DEVICE void fetch_tasks(const Call& call, TaskSlot* slots) {
     if (turn >= 2) wait_slot(kEmptyBarrier, side);
     if (warp.lane == 0) {
       const Span span(call, Work::fetch, true, turn);
-      slot.task = wait_ready(call, claim(call));
-      if (aborted(call)) slot.task.kind = TaskKind::closed;
+      slot.task = claim_task(call);
     }
     warp.sync();  // the lanes below read what the scheduler published after lane 0 acquired it
     const Task task = slot.task;

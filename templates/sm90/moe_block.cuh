@@ -1,8 +1,8 @@
 // ---- Block program: the last block of the grid runs the OS, the clusters before its own process -----------------------
-// A processor is a cluster. A claim gives each of its blocks a task, one of neighbouring M-blocks, that multiplies the same
-// weights. A block is one warpgroup that fetches tasks and loads, and two that multiply. The loading warps have one job each:
-// fetch (claim a ticket, wait for its entry, look up its rows), weights, rows, publish. They wait for each other and for the
-// consumers through mbarriers alone, so each is as far ahead as its input allows.
+// A processor is a cluster. A claim gives each of its blocks a task: an M-block, and all multiply the same weights, or, where
+// one M-block has all rows, a column tile. A block is one warpgroup that fetches tasks and loads, and two that multiply. The
+// loading warps have one job each: fetch (claim a ticket, wait for its entry, look up its rows), weights, rows, publish. They
+// wait for each other and for the consumers through mbarriers alone, so each is as far ahead as its input allows.
 constexpr int kThreads = ${plan.threads};
 static_assert(kThreads == 128 + kConsumerThreads);
 
@@ -20,7 +20,7 @@ struct BlockState {
   u64 stage_full[kStages], stage_empty[kStages];  // mbarriers
   u64 slot_full[kSlots], slot_empty[kSlots];
   u64 near_end;        // the loads of a task are nearly all issued: time to claim the next
-  u64 stored[kSlots];  // the consumers have stored a task's results; tasks that do not exist take no turn
+  u64 stored[kSlots];  // the consumers have stored a task's results
   u64 mail_full[kSlots];
   uint4 mail[kSlots][2];  // a claim of the cluster's first block
   u32 able[kCluster];     // which blocks of the cluster can run tasks
@@ -54,9 +54,8 @@ DEVICE void look_up_rows(const WarpGroup& warp, const Call& call, const Task& ta
 }
 
 // By the first block of a cluster: the next task, also sent to the others. It alone decides that there are no more.
-DEVICE Task claim_task(const Call& call, BlockState& state, u32 side) {
-  Task task = wait_ready(call, claim(call));
-  if (aborted(call)) task.kind = TaskKind::closed;
+DEVICE Task claim_for_all(const Call& call, BlockState& state, u32 side) {
+  const Task task = claim_task(call);
   uint4 words[2];
   memcpy(words, &task, sizeof task);
   for (u32 block = 1; block < kCluster; ++block) {
@@ -88,7 +87,7 @@ DEVICE void fetch_tasks(const Call& call, BlockState& state) {
     wait_barrier(shared_address(&state.slot_empty[turn.index]), turn.phase ^ 1);
     if (warp.lane == 0) {
       const Span span(call, Work::fetch, true);
-      slot.task = share_of(member == 0 ? claim_task(call, state, turn.index) : receive_task(state, turn), member);
+      slot.task = share_of(member == 0 ? claim_for_all(call, state, turn.index) : receive_task(state, turn), member);
       slot.spoiled = 0;
     }
     warp.sync();  // the lanes below read what the scheduler published after lane 0 acquired it
@@ -99,43 +98,39 @@ DEVICE void fetch_tasks(const Call& call, BlockState& state) {
     if (member != 0 && warp.lane == 0)  // the mail has been read
       mbarrier_arrive_release_cluster(mapa(shared_address(&state.slot_empty[turn.index]), 0));
     turn.advance();
-    if (task.kind == TaskKind::none || member != 0) continue;
+    if (member != 0) continue;
     wait_barrier(shared_address(&state.near_end), claimed.phase);
     claimed.advance();
   }
 }
 
 // Weight, row and consumer warps: run(slot) for each task, in ticket order, until there are no more; then, by one lane and
-// after the slot was given back, done().
+// after the slot was given back, done(its side).
 template <class Run, class Done>
 DEVICE void each_task(BlockState& state, Run run, Done done) {
   Turn<kSlots> turn;
   while (true) {
     TaskSlot& slot = state.slot[turn.index];
     wait_barrier(shared_address(&state.slot_full[turn.index]), turn.phase);
-    const TaskKind kind = slot.task.kind;
-    if (kind == TaskKind::closed) return;
-    if (kind != TaskKind::none) run(slot);
+    if (slot.task.kind == TaskKind::closed) return;
+    run(slot);
     __syncwarp();
     mbarrier_arrive(shared_address(&state.slot_empty[turn.index]));
-    if (threadIdx.x % 32 == 0 && kind != TaskKind::none) done();
+    if (threadIdx.x % 32 == 0) done(turn.index);
     turn.advance();
   }
 }
 
 // As each_task, but the slot is given back before the task is published.
 DEVICE void publish_tasks(const Call& call, BlockState& state) {
-  Turn<kSlots> turn, stored;
+  Turn<kSlots> turn;
   while (true) {
     const TaskSlot& slot = state.slot[turn.index];
     wait_barrier(shared_address(&state.slot_full[turn.index]), turn.phase);
     const Task task = slot.task;
     if (task.kind == TaskKind::closed) return;
-    if (task.kind != TaskKind::none) {
-      wait_barrier(shared_address(&state.stored[stored.index]), stored.phase);
-      stored.advance();
-    }
-    const bool publish = task.kind != TaskKind::none && slot.spoiled == 0;
+    wait_barrier(shared_address(&state.stored[turn.index]), turn.phase);
+    const bool publish = task.block.rows != 0 && slot.spoiled == 0;
     mbarrier_arrive(shared_address(&state.slot_empty[turn.index]));
     turn.advance();
     if (publish) publish_task(call, task);
@@ -152,9 +147,9 @@ DEVICE void load_tasks(const Call& call, const Maps& maps, BlockState& state, co
     const auto load = [&](const TaskSlot& slot) {
       if (threadIdx.x % 32 == 0) load_task_weights(call, maps, slot.task, pipeline, turn, near_end);
     };
-    each_task(state, load, [] {});
+    each_task(state, load, [](u32) {});
   } else if (warp == 2) {
-    each_task(state, [&](TaskSlot& slot) { load_task_rows(call, maps, slot, pipeline, turn); }, [] {});
+    each_task(state, [&](TaskSlot& slot) { load_task_rows(call, maps, slot, pipeline, turn); }, [](u32) {});
   } else {
     publish_tasks(call, state);
   }
@@ -162,14 +157,12 @@ DEVICE void load_tasks(const Call& call, const Maps& maps, BlockState& state, co
 
 DEVICE void consume_tasks(const Call& call, BlockState& state, char* work, const Pipeline& pipeline) {
   StageTurn turn;
-  Turn<kSlots> stored;
   const auto consume = [&](const TaskSlot& slot) {
     if (slot.task.kind == TaskKind::gemm1) consume_gemm1(call, slot, work, pipeline, turn);
     else consume_gemm2(call, slot, work, pipeline, turn);
   };
-  each_task(state, consume, [&] {  // the warp's stores are before this arrival, and that is before the publisher's release
-    mbarrier_arrive(shared_address(&state.stored[stored.index]));
-    stored.advance();
+  each_task(state, consume, [&](u32 side) {  // the warp's stores, this arrival, the publisher's release: in this order
+    mbarrier_arrive(shared_address(&state.stored[side]));
   });
 }
 
@@ -213,6 +206,7 @@ DEVICE void wait_for_close(const Call& call) {
 }
 
 DEVICE void process(BlockGroup& block, const Call& call, const Maps& maps, char* work, BlockState& state) {
+  if (threadIdx.x == 0) maps.prefetch();
   const int blocks = int(gridDim.x) - 1;  // without the OS
   const int planners = num_planners(call, blocks);
   bool able = true;

@@ -2,8 +2,8 @@
 // A stage holds one k step of kBlockM rows and kBlockN weight rows, 128 bytes each. It is full when the TMA has brought the
 // weights and the row warp the rows; it is empty when every consumer warp has multiplied it. Whoever uses the pipeline
 // counts its own turns, over all tasks: the loaders are up to kStages steps ahead, also into the next task.
-// The blocks of a cluster multiply the same weights with rows of their own: each loads a part of the weights into the stages of
-// all, so L2 is read once for the cluster. Their stages turn together: one is empty when the consumers of all blocks are done.
+// Where the blocks of a cluster multiply the same weights, each loads a part of them into the stages of all, so L2 is read once
+// for the cluster. Their stages turn together, in every task: one is empty when the consumers of all blocks are done.
 constexpr int kStages = ${tile.stages};
 constexpr int kConsumers = kBlockM / 64;  // warpgroups
 constexpr int kConsumerWarps = kConsumers * 4;

@@ -75,6 +75,8 @@ DEVICE void cp_async_bulk_tensor_3d_multicast(
       "[%0], [%1, {%3, %4, %5}], [%2], %6, %7;"
       ::"r"(to), "l"(map), "r"(barrier), "r"(k), "r"(row), "r"(matrix), "h"(blocks), "l"(policy) : "memory");
 }
+// prefetch{u}: the map itself, before its first use.
+DEVICE void prefetch_tensormap(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 // createpolicy: when such lines leave L2, compared with others.
 DEVICE u64 createpolicy_evict_first() {
   u64 policy;

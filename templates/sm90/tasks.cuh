@@ -16,6 +16,13 @@ struct Maps {
   const TensorMap* up;
   const TensorMap* down;
   const TensorMap* ring;
+
+  DEVICE void prefetch() const {
+    if constexpr (kGated) prefetch_tensormap(gate);
+    prefetch_tensormap(up);
+    prefetch_tensormap(down);
+    prefetch_tensormap(ring);
+  }
 };
 
 // One lane of each consumer warpgroup records what the warpgroup does.
@@ -32,14 +39,19 @@ DEVICE void trace_fill(const Call& call, const Task& task, const Pipeline& pipel
 }
 
 // ---- Loading weights ----
-// Rows [row, row + kRows) of a weight matrix into a stage: each block of the cluster loads a part for all.
+// Rows [row, row + kRows) of a weight matrix into a stage. A box has as many as a block loads for all when they are shared.
+// Past the matrix, where a member without a column tile is altogether, TMA writes zeros and reads nothing.
 template <int kRows>
-DEVICE void load_weight_rows(u32 to, const TensorMap* map, u32 full, int k, int row, int expert, u64 policy) {
-  if constexpr (kCluster == 1) {
-    cp_async_bulk_tensor_3d(to, map, full, k, row, expert, policy);
-  } else {
-    const int first = int(cluster_ctarank()) * (kRows / kCluster);
+DEVICE void load_weight_rows(u32 to, const TensorMap* map, u32 full, int k, int row, const Task& task, u64 policy) {
+  constexpr int kBoxRows = kRows / kCluster;
+  const int expert = int(task.block.expert_slot);
+  if (kCluster > 1 && task.shared) {
+    const int first = int(cluster_ctarank()) * kBoxRows;
     cp_async_bulk_tensor_3d_multicast(to + first * kRowBytes, map, full, k, row + first, expert, (1 << kCluster) - 1, policy);
+  } else {
+#pragma unroll
+    for (int first = 0; first < kRows; first += kBoxRows)
+      cp_async_bulk_tensor_3d(to + first * kRowBytes, map, full, k, row + first, expert, policy);
   }
 }
 
@@ -47,22 +59,21 @@ template <class NearEnd>
 DEVICE void load_task_weights(
     const Call& call, const Maps& maps, const Task& task, const Pipeline& pipeline, StageTurn& turn, NearEnd near_end) {
   const Span span(call, Work::weights, true, task.issue, task.column);
-  const int expert = int(task.block.expert_slot);
   // Weights that are read once should not drive rows, results and this code out of L2.
   const u64 policy = task.once ? createpolicy_evict_first() : createpolicy_evict_normal();
   if (task.kind == TaskKind::gemm1) {
     const int first = int(task.column) * kIntermediateColumns;
     const auto load = [&](u32 to, u32 full, int k) {
       // All gate rows, then all up rows: one thread gets gate and up of a column half a tile apart.
-      if constexpr (kGated) load_weight_rows<kIntermediateColumns>(to, maps.gate, full, k, first, expert, policy);
+      if constexpr (kGated) load_weight_rows<kIntermediateColumns>(to, maps.gate, full, k, first, task, policy);
       load_weight_rows<kIntermediateColumns>(
-          to + (kGated ? kWeightStageBytes / 2 : 0), maps.up, full, k, first, expert, policy);
+          to + (kGated ? kWeightStageBytes / 2 : 0), maps.up, full, k, first, task, policy);
     };
     load_weights<kHidden>(pipeline, turn, load, near_end);
   } else {
     const int first = int(task.column) * kBlockN;
     const auto load = [&](u32 to, u32 full, int k) {
-      load_weight_rows<kBlockN>(to, maps.down, full, k, first, expert, policy);
+      load_weight_rows<kBlockN>(to, maps.down, full, k, first, task, policy);
     };
     load_weights<kIntermediate>(pipeline, turn, load, near_end);
   }
@@ -116,18 +127,13 @@ struct Patch {
   DEVICE void put(int row, int column, Pair pair) const {
     *reinterpret_cast<Pair*>(bytes + row * kStride + column * int(sizeof(Element))) = pair;
   }
-  // Columns [first, first + kColumns) of the leading `rows` rows, as far as a row of kWidth reaches.
-  template <int kWidth>
-  DEVICE void store(int rows, int first, Element* const* to) const {
-    constexpr int kVectors = kColumns / kVector;
-    const int lane = int(threadIdx.x % 32);
-    const int column = lane % kVectors * kVector;
-#pragma unroll
-    for (int row = lane / kVectors; row < 16; row += 32 / kVectors) {
-      if (row >= rows || first + column >= kWidth) continue;
-      const uint4 part = *reinterpret_cast<const uint4*>(bytes + row * kStride + column * int(sizeof(Element)));
-      *reinterpret_cast<uint4*>(to[row] + first + column) = part;
-    }
+  // A lane reads one vector of every kStep-th row.
+  static constexpr int kVectors = kColumns / kVector, kStep = 32 / kVectors, kParts = 16 / kStep;
+  DEVICE static int row(int part) { return int(threadIdx.x % 32) / kVectors + part * kStep; }
+  DEVICE static int column() { return int(threadIdx.x % 32) % kVectors * kVector; }
+
+  DEVICE uint4 part(int i) const {
+    return *reinterpret_cast<const uint4*>(bytes + row(i) * kStride + column() * int(sizeof(Element)));
   }
 };
 static_assert(kStages * kStageBytes + kConsumerWarps * Patch::kBytes <= kWorkBytes);
@@ -141,6 +147,9 @@ template <int kColumns, int kWidth, class MakePair>
 DEVICE void store_tile(const Patch& patch, const TaskSlot& slot, int first, MakePair make_pair) {
   const int rows = int(slot.task.block.rows) - first_row();
   const int lane = int(threadIdx.x % 32);
+  Element* to[Patch::kParts];  // read before the first store: the compiler cannot know that none changes them
+#pragma unroll
+  for (int i = 0; i < Patch::kParts; ++i) to[i] = slot.to[first_row() + Patch::row(i)] + first + Patch::column();
 #pragma unroll
   for (int piece = 0; piece < kColumns; piece += Patch::kColumns) {
 #pragma unroll
@@ -151,8 +160,14 @@ DEVICE void store_tile(const Patch& patch, const TaskSlot& slot, int first, Make
                   make_pair(piece + column + lane % 4 * 2, (piece + column) / 2 + half * 2, half));
     }
     __syncwarp();
-    patch.store<kWidth>(rows, first + piece, slot.to + first_row());
+    uint4 part[Patch::kParts];
+#pragma unroll
+    for (int i = 0; i < Patch::kParts; ++i) part[i] = patch.part(i);
     __syncwarp();
+    const bool inside = first + piece + Patch::column() < kWidth;
+#pragma unroll
+    for (int i = 0; i < Patch::kParts; ++i)
+      if (inside && Patch::row(i) < rows) *reinterpret_cast<uint4*>(to[i] + piece) = part[i];
   }
 }
 

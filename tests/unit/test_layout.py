@@ -46,9 +46,9 @@ def test_groups_fit_the_ring_and_the_queue(
     )
     most, ring = layout.sizes["max_group"], layout.sizes["ring_slots"]
     assert most % cluster == 0 and cluster <= most <= ring, "a group that never fits would never be issued"
-    # The worst routing: as many experts as can be have one row, and one has the rest. Groups take the slots of full ones.
+    # The worst routing: as many experts as can be have one row, and one has the rest, whose last claim takes all it may.
     rows = max_tokens * top_k * world_size if local_experts else 0
     experts = min(local_experts, rows)
     heights = [rows - experts + 1, *[1] * (experts - 1)] if experts else []
-    slots = sum(-(-height // (most * tile.block_m)) * most for height in heights)
+    slots = sum(-(-height // (cluster * tile.block_m)) * cluster for height in heights)
     assert slots <= layout.regions["appended"].bytes // 4, "an M-block would have no entry"
