@@ -40,8 +40,8 @@ class TileConfig:
         group: most M-blocks of one expert whose tasks follow each other column by column, so that a weight tile is read
             from memory once; ``None``: several where an expert's weights do not fit L2. A multiple of ``cluster``, or rounded up
             to one. A launch argument too.
-        cluster: blocks that take neighbouring M-blocks together and load their weights once for all, or, where one M-block has
-            all rows, neighbouring column tiles; 2 for the wgmma program alone (and for the host, where it only groups tasks).
+        cluster: blocks that take neighbouring M-blocks together and load their weights once for all, or, where there are few
+            rows, neighbouring tiles or parts of one; 2 for the wgmma program alone (and for the host, where it only groups tasks).
         program: block program: ``"wgmma"`` (sm_90a, 16-bit dtypes) or ``"mma"`` (any GPU); ``None`` takes wgmma where it runs.
 
     Raises:
@@ -155,7 +155,8 @@ class KernelPlan:
     Attributes:
         intermediate_columns: columns of the intermediate made by one GEMM1 tile.
         gemm1_tiles, gemm2_tiles: column tiles per M-block.
-        column_words: 32-bit words that hold one bit per GEMM1 tile.
+        column_words: 32-bit words that hold a bit per part of a GEMM1 tile: a tile has ``cluster`` parts.
+        split_rows: most rows of an expert whose tiles the blocks of a cluster split by columns, 0 when they never do.
         threads: threads of a block (GPU), 0 on the host.
         stage_bytes: shared memory of one pipeline stage.
         work_bytes: shared memory of whoever works: the stages, a staged tile, or the planner's and the scheduler's scratch.
@@ -172,6 +173,7 @@ class KernelPlan:
     gemm1_tiles: int
     gemm2_tiles: int
     column_words: int
+    split_rows: int
     threads: int
     stage_bytes: int
     work_bytes: int
@@ -224,9 +226,17 @@ def plan_kernel(spec: MoESpec, tile: TileConfig, arch: str) -> KernelPlan:
         intermediate_columns=columns,
         gemm1_tiles=gemm1_tiles,
         gemm2_tiles=gemm2_tiles,
-        column_words=_ceil(gemm1_tiles, 32),
+        column_words=_ceil(gemm1_tiles * tile.cluster, 32),
+        split_rows=_split_rows(tile, columns, target),
         **block,
     )
+
+
+def _split_rows(tile: TileConfig, columns: int, arch: Arch) -> int:
+    """As many as one of two warpgroups takes, when the parts of a tile are still whole steps of its epilogue."""
+    step = 2 if arch.is_host else 64
+    splits = tile.cluster > 1 and columns % (tile.cluster * step) == 0 and tile.block_n % (tile.cluster * step) == 0
+    return tile.block_m // 2 if splits else 0
 
 
 def _plan_mma(spec: MoESpec, tile: TileConfig, arch: Arch) -> dict[str, Any]:

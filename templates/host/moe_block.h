@@ -4,11 +4,12 @@ DEVICE Task fetch_task(const Call& call) {
   return claim_task(call);
 }
 
-// One member after the other. False when the call is aborted.
+// One member after the other; on a GPU they are blocks, so anything may come between. False when the call is aborted.
 DEVICE bool run_task(const Call& call, const Task& task, TileScratch& scratch) {
   for (u32 member = 0; member < kCluster; ++member) {
     const Task share = share_of(task, member);
     if (share.block.rows == 0) continue;
+    protocol_point();
     if (task.kind == TaskKind::gemm1) gemm1_tile(call, share, scratch);
     if (task.kind == TaskKind::gemm2 && !gemm2_tile(call, share, scratch)) return false;
   }

@@ -10,7 +10,7 @@ DEVICE void zero_padding(Acc* row, int k) {
   for (int i = k; i < padded(k); ++i) row[i] = Acc(0);
 }
 
-// Columns [column * kIntermediateColumns, ...) of the intermediate: gate and up of one column are one pair.
+// A tile of the intermediate: gate and up of one column are one pair.
 DEVICE void gemm1_tile(const Call& call, const Task& task, TileScratch& scratch) {
   const Span span(call, Work::gemm1, true, task.issue, task.column);
   const MoEArgs& args = call.args;
@@ -22,8 +22,8 @@ DEVICE void gemm1_tile(const Call& call, const Task& task, TileScratch& scratch)
     zero_padding(&scratch.rows[r * kPadded], kHidden);
   }
   const u64 expert = task.block.expert_slot;
-  const int first = int(task.column) * kIntermediateColumns;
-  const int last = first + kIntermediateColumns < kIntermediate ? first + kIntermediateColumns : kIntermediate;
+  const int first = task.first_column(kIntermediateColumns), columns_end = first + task.columns(kIntermediateColumns);
+  const int last = columns_end < kIntermediate ? columns_end : kIntermediate;
   Acc* const columns = scratch.columns.data();
   zero_padding(columns, kHidden);
   zero_padding(columns + kPadded, kHidden);
@@ -47,16 +47,15 @@ DEVICE void gemm1_tile(const Call& call, const Task& task, TileScratch& scratch)
   publish_gemm1(call, task);
 }
 
-// Columns [column * kBlockN, ...) of the expert's result, two at a time. False when the call is aborted.
+// A tile of the expert's result, two columns at a time. False when the call is aborted.
 DEVICE bool gemm2_tile(const Call& call, const Task& task, TileScratch& scratch) {
   const Span span(call, Work::gemm2, true, task.issue, task.column);
   const MoEArgs& args = call.args;
   const int rows = int(task.block.rows);
   constexpr int kPadded = padded(kIntermediate);
-  for (int tile = 0; tile < kGemm1Tiles; ++tile) {
-    if (!wait_gemm1(call, task.issue, u32(tile))) return false;
-    const int begin = tile * kIntermediateColumns;
-    const int end = begin + kIntermediateColumns < kIntermediate ? begin + kIntermediateColumns : kIntermediate;
+  for (int begin = 0; begin < kIntermediate; begin += kPartColumns) {
+    if (!wait_gemm1(call, task.issue, u32(begin / kPartColumns))) return false;
+    const int end = begin + kPartColumns < kIntermediate ? begin + kPartColumns : kIntermediate;
     for (int r = 0; r < rows; ++r) convert_row(&scratch.rows[r * kPadded], intermediate_row(call, task.issue, r), begin, end);
   }
   for (int r = 0; r < rows; ++r) {
@@ -64,8 +63,8 @@ DEVICE bool gemm2_tile(const Call& call, const Task& task, TileScratch& scratch)
     scratch.refs[r] = find_row(call, task.block.expert_slot, task.block.first_row + r);
   }
   const u64 expert = task.block.expert_slot;
-  const int first = int(task.column) * kBlockN;
-  const int last = first + kBlockN < kHidden ? first + kBlockN : kHidden;
+  const int first = task.first_column(kBlockN), columns_end = first + task.columns(kBlockN);
+  const int last = columns_end < kHidden ? columns_end : kHidden;
   Acc* const columns = scratch.columns.data();
   zero_padding(columns, kIntermediate);
   zero_padding(columns + kPadded, kIntermediate);

@@ -1,21 +1,33 @@
 // ---- Processors: claim a ticket, wait until its task exists, run it, publish the result -------------------------------
 enum class TaskKind : u32 { gemm1, gemm2, closed };
 
+// How the members of a cluster share a claim.
+enum class Share : unsigned char {
+  rows,     // each has an M-block of its own: all multiply the same weights
+  columns,  // each has a part of the columns of the tile
+  tiles,    // each has a tile of its own, of neighbouring ones
+};
+
 struct Task {
   TaskKind kind;
-  u32 issue;    // which M-block, in the order of the queue
-  u32 column;   // tile
-  bool once;    // no other claim reads its weight tile
-  bool shared;  // the members multiply the same weights, each an M-block of its own
+  u32 issue;   // which M-block, in the order of the queue
+  u32 column;  // tile
+  bool once;   // no other claim reads its weight tile
+  Share share;
+  unsigned char part;  // of the columns of the tile, when they are shared
   ReadyBlock block;
+
+  // Where its columns begin and how many it has, when a whole tile has `width`.
+  DEVICE int first_column(int width) const { return int(column) * width + int(part) * (width / kCluster); }
+  DEVICE int columns(int width) const { return share == Share::columns ? width / kCluster : width; }
 };
 static_assert(sizeof(Task) == 32);
 
 // What a ticket stands for, once the scheduler has published its entry: a column tile of kCluster neighbouring M-blocks, in
-// one Task that has the rows of all; or, where one M-block has all rows, kCluster column tiles of it. False when it stands for
-// nothing: the group has no such M-blocks, or an earlier ticket has this column. TaskKind::closed when no more tasks come.
+// one Task that has the rows of all; where one M-block has all rows, a column tile or kCluster of them. False when it stands
+// for nothing: the group has no such M-blocks, or an earlier ticket has this tile. TaskKind::closed when no more tasks come.
 DEVICE bool wait_ready(const Call& call, u32 ticket, Task& task) {
-  task = Task{TaskKind::closed, 0, 0, false, false, {}};
+  task = Task{TaskKind::closed, 0, 0, false, Share::rows, 0, {}};
   constexpr u32 kTiles = kGemm1Tiles + kGemm2Tiles;
   u32 claims = 1, index = 0;  // of a column of the group
   bool exists = false;
@@ -40,9 +52,12 @@ DEVICE bool wait_ready(const Call& call, u32 ticket, Task& task) {
   task.issue = whole.unit + member;
   task.column = second ? column - kGemm1Tiles : column;
   task.once = first_row == 0 && rest < kMost;
-  task.shared = kCluster > 1 && rest > kBlockM;
+  // With the first rows of an expert weights come from memory: the more loads are small, the better they keep it busy. With the
+  // last of many they come from L2, as fast as a block can take them: the fewer tasks the better.
+  if (kCluster > 1 && rest <= u32(kBlockM))
+    task.share = first_row == 0 && rest <= u32(kSplitRows) ? Share::columns : Share::tiles;
   task.block = ReadyBlock{whole.expert_slot, first_row, rest < kMost ? rest : kMost, task.issue};
-  return task.shared || task.column % kCluster == 0;
+  return task.share != Share::tiles || task.column % kCluster == 0;
 }
 
 // By one lane: a ticket for the next task, and the wait until that exists.
@@ -54,40 +69,44 @@ DEVICE Task claim_task(const Call& call) {
   return task;
 }
 
-// The part of a member: an equal share of the rows, so that all end together, or a column tile. Past the last column it has
-// no rows: then there is nothing to do and nothing to publish.
+// What a member does of it. Rows are shared equally, so that all end together. Past the last tile a member has no rows: there is
+// nothing to do and nothing to publish.
 DEVICE Task share_of(Task task, u32 member) {
   const u32 rows = task.block.rows;
-  if (task.shared) {
-    const u32 share = (rows + kCluster - 1) / kCluster;
-    const u32 rest = rows - member * share;
+  if (task.share == Share::columns) {
+    task.part = static_cast<unsigned char>(member);
+  } else if (task.share == Share::tiles) {
+    task.column += member;
+    if (task.column >= u32(task.kind == TaskKind::gemm1 ? kGemm1Tiles : kGemm2Tiles)) task.block.rows = 0;
+  } else {
+    const u32 share = (rows + kCluster - 1) / kCluster, rest = rows - member * share;
     task.issue += member;
     task.block = ReadyBlock{
         task.block.expert_slot, task.block.first_row + member * share, rest < share ? rest : share, task.issue};
-  } else {
-    task.column += member;
-    if (task.column >= u32(task.kind == TaskKind::gemm1 ? kGemm1Tiles : kGemm2Tiles)) task.block.rows = 0;
   }
   return task;
 }
 
-// A GEMM1 tile is in the ring: set its bit. Pairs with wait_gemm1().
+// A GEMM1 tile is in the ring: set its bits. Pairs with wait_gemm1().
 DEVICE void publish_gemm1(const Call& call, const Task& task) {
   delay(call);
-  fetch_or_release(call.column_bits(task.issue) + task.column / 32, 1u << task.column % 32);
+  const u32 at = task.column * kCluster;
+  const u32 bits = task.share == Share::columns ? 1u << task.part : (1u << kCluster) - 1;
+  fetch_or_release(call.column_bits(task.issue) + at / 32, bits << at % 32);
 }
 
-// GEMM2's k loop polls only for the GEMM1 tile whose columns it reads next.
-DEVICE bool wait_gemm1(const Call& call, u32 issue, u32 column) {
-  const u32* word = call.column_bits(issue) + column / 32;
-  const u32 bit = 1u << column % 32;
+// GEMM2's k loop polls only for the part of a GEMM1 tile whose columns it reads next.
+DEVICE bool wait_gemm1(const Call& call, u32 issue, u32 part) {
+  const u32* word = call.column_bits(issue) + part / 32;
+  const u32 bit = 1u << part % 32;
   return wait_until(
-      call, Await::gemm1, column, bit, [&] { return u64(load_acquire<Scope::device>(word)); },
+      call, Await::gemm1, part, bit, [&] { return u64(load_acquire<Scope::device>(word)); },
       [&](u64 bits) { return (u32(bits) & bit) != 0; });
 }
 
 // A GEMM2 tile is stored; true for the one that finished the M-block, which then calls return_rows().
 DEVICE bool publish_gemm2(const Call& call, const Task& task) {
   delay(call);
-  return fetch_add_acq_rel(call.gemm2_done(task.issue), 1u) + 1 == u32(kGemm2Tiles);
+  const u32 parts = task.share == Share::columns ? 1 : kCluster;
+  return fetch_add_acq_rel(call.gemm2_done(task.issue), parts) + parts == u32(kGemm2Parts);
 }

@@ -113,7 +113,7 @@ DEVICE u32 group_size(u32 blocks, u32 active, u32 most) {
 DEVICE u32 members_of(u32 rows) {
   constexpr u32 kMost = kCluster * kBlockM;
   const u32 rest = rows % kMost;
-  return rows / kMost * kCluster + (rest == 0 ? 0 : rest <= kBlockM ? 1 : kCluster);
+  return rows / kMost * kCluster + (rest == 0 ? 0 : rest <= u32(kBlockM) ? 1 : kCluster);
 }
 
 // The lag in groups that have so many M-blocks: as many tasks between a GEMM1 and its GEMM2 as `lag` single M-blocks put there.
@@ -217,7 +217,7 @@ DEVICE void schedule(Group& group, const Call& call, const SchedulerScratch& scr
   u32 first = 0;  // every group before it is appended; the sweep starts here
   while (queue.second < queue.groups) {
     const u32 next = queue.retired + group.lane;
-    const bool done = next < queue.units && load_acquire<Scope::device>(call.gemm2_done(next)) == u32(kGemm2Tiles);
+    const bool done = next < queue.units && load_acquire<Scope::device>(call.gemm2_done(next)) == u32(kGemm2Parts);
     queue.retired += group.leading(done);
     queue.all_here = queue.all_here || all_arrived(group, call);
     const u32 before = queue.entries;

@@ -140,7 +140,7 @@ DEVICE void gemm2_tile(const Call& call, const TaskSlot& slot, char* work) {
   Sums sums;
   multiply_tile<kIntermediate>(sums, row_loader, column_loader, shared_address(work), [&](int step) {
     const int begin = step * kBlockK, end = begin + kBlockK < kIntermediate ? begin + kBlockK : kIntermediate;
-    for (int tile = begin / kIntermediateColumns; tile * kIntermediateColumns < end; ++tile) finished.wait(u32(tile));
+    for (int part = begin / kPartColumns; part * kPartColumns < end; ++part) finished.wait(u32(part));
   });
   if (bar_red_or(kMmaBarrier, kMmaThreads, finished.aborted)) return;
   const Staging<kBlockN> staging{work};

@@ -1,8 +1,9 @@
 // ---- Block program: the last block of the grid runs the OS, the clusters before its own process -----------------------
 // A processor is a cluster. A claim gives each of its blocks a task: an M-block, and all multiply the same weights, or, where
-// one M-block has all rows, a column tile. A block is one warpgroup that fetches tasks and loads, and two that multiply. The
-// loading warps have one job each: fetch (claim a ticket, wait for its entry, look up its rows), weights, rows, publish. They
-// wait for each other and for the consumers through mbarriers alone, so each is as far ahead as its input allows.
+// one M-block has all rows, a tile or a part of the columns of one. A block is one warpgroup that fetches tasks and loads, and
+// two that multiply. The loading warps have one job each: fetch (claim a ticket, wait for its entry, look up its rows),
+// weights, rows, publish. They wait for each other and for the consumers through mbarriers alone, so each is as far ahead as
+// its input allows.
 constexpr int kThreads = ${plan.threads};
 static_assert(kThreads == 128 + kConsumerThreads);
 
@@ -145,11 +146,17 @@ DEVICE void load_tasks(const Call& call, const Maps& maps, BlockState& state, co
   } else if (warp == 1) {
     const auto near_end = [&] { mbarrier_arrive(shared_address(&state.near_end)); };
     const auto load = [&](const TaskSlot& slot) {
-      if (threadIdx.x % 32 == 0) load_task_weights(call, maps, slot.task, pipeline, turn, near_end);
+      if (threadIdx.x % 32 != 0) return;
+      if (is_split(slot.task)) load_task_weights<true>(call, maps, slot.task, pipeline, turn, near_end);
+      else load_task_weights<false>(call, maps, slot.task, pipeline, turn, near_end);
     };
     each_task(state, load, [](u32) {});
   } else if (warp == 2) {
-    each_task(state, [&](TaskSlot& slot) { load_task_rows(call, maps, slot, pipeline, turn); }, [](u32) {});
+    const auto load = [&](TaskSlot& slot) {
+      if (is_split(slot.task)) load_task_rows<true>(call, maps, slot, pipeline, turn);
+      else load_task_rows<false>(call, maps, slot, pipeline, turn);
+    };
+    each_task(state, load, [](u32) {});
   } else {
     publish_tasks(call, state);
   }
@@ -158,8 +165,8 @@ DEVICE void load_tasks(const Call& call, const Maps& maps, BlockState& state, co
 DEVICE void consume_tasks(const Call& call, BlockState& state, char* work, const Pipeline& pipeline) {
   StageTurn turn;
   const auto consume = [&](const TaskSlot& slot) {
-    if (slot.task.kind == TaskKind::gemm1) consume_gemm1(call, slot, work, pipeline, turn);
-    else consume_gemm2(call, slot, work, pipeline, turn);
+    if (is_split(slot.task)) consume_task<true>(call, slot, work, pipeline, turn);
+    else consume_task<false>(call, slot, work, pipeline, turn);
   };
   each_task(state, consume, [&](u32 side) {  // the warp's stores, this arrival, the publisher's release: in this order
     mbarrier_arrive(shared_address(&state.stored[side]));

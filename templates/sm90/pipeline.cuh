@@ -4,6 +4,7 @@
 // counts its own turns, over all tasks: the loaders are up to kStages steps ahead, also into the next task.
 // Where the blocks of a cluster multiply the same weights, each loads a part of them into the stages of all, so L2 is read once
 // for the cluster. Their stages turn together, in every task: one is empty when the consumers of all blocks are done.
+// Where they split a tile by columns, a stage holds kCluster k steps of their part of the weights and of as few rows.
 constexpr int kStages = ${tile.stages};
 constexpr int kConsumers = kBlockM / 64;  // warpgroups
 constexpr int kConsumerWarps = kConsumers * 4;
@@ -16,8 +17,15 @@ constexpr u32 kStageBytes = kRowStageBytes + kWeightStageBytes;
 static_assert(kRowBytes == 128 && kStageBytes == ${plan.stage_bytes});
 static_assert(kRowStageBytes % 1024 == 0 && kStageBytes % 1024 == 0, "the swizzle is a function of the address");
 
-template <int kDepth>
-constexpr int kSteps = (kDepth + kBlockK - 1) / kBlockK;
+// How a tile is multiplied: whole by this block, or split by columns.
+template <bool kSplit>
+struct Shape {
+  static constexpr int kParts = kSplit ? kCluster : 1;
+  static constexpr int kStageK = kBlockK * kParts;  // elements of k in a stage
+  static constexpr u32 kStepRowBytes = kRowStageBytes / kParts, kStepWeightBytes = kWeightStageBytes / kParts;  // of one k step
+  template <int kDepth>
+  static constexpr int kSteps = (kDepth + kStageK - 1) / kStageK;  // stages of a tile
+};
 
 // A place in a ring of kSize, and the parity of the barrier phase that the next visit waits for.
 template <u32 kSize>
@@ -60,18 +68,22 @@ struct Pipeline {
 };
 
 // ---- Loaders ----
-// Weights by TMA, issued by one thread. load(to, barrier, k) issues this block's part of a step, and kWeightStageBytes arrive
-// here; near_end() is called kNearEnd steps before the last.
+// Weights by TMA, issued by one thread. load(to, barrier, k) issues this block's part of a k step; kWeightStageBytes arrive here
+// for a stage. near_end() is called kNearEnd stages before the last.
 constexpr int kNearEnd = ${plan.near_end};
 
-template <int kDepth, class Load, class NearEnd>
+template <bool kSplit, int kDepth, class Load, class NearEnd>
 DEVICE void load_weights(const Pipeline& pipeline, StageTurn& turn, Load load, NearEnd near_end) {
+  using Tile = Shape<kSplit>;
+  constexpr int kSteps = Tile::template kSteps<kDepth>;
 #pragma unroll 1
-  for (int step = 0; step < kSteps<kDepth>; ++step) {
-    if (step == (kSteps<kDepth> > kNearEnd ? kSteps<kDepth> - kNearEnd : 0)) near_end();
+  for (int step = 0; step < kSteps; ++step) {
+    if (step == (kSteps > kNearEnd ? kSteps - kNearEnd : 0)) near_end();
     pipeline.wait_empty(turn);
     mbarrier_arrive_expect_tx(pipeline.full(turn), kWeightStageBytes);
-    load(pipeline.weights(turn), pipeline.full(turn), step * kBlockK);
+#pragma unroll
+    for (int part = 0; part < Tile::kParts; ++part)
+      load(pipeline.weights(turn) + part * Tile::kStepWeightBytes, pipeline.full(turn), step * Tile::kStageK + part * kBlockK);
     turn.advance();
   }
 }
@@ -97,15 +109,15 @@ struct RowGather {
 
   DEVICE u32 first_row() const { return lane / 8 + lane / 4 % 2 * 4; }
 
-  template <int kDepth>
+  template <int kDepth, int kStageK>
   DEVICE void load(u32 stage, int step) {
     const u32 first = first_row(), byte = lane % 4 * 16;
     const u32 low = stage + first * kRowBytes + (byte ^ first * 16);
     const u32 high = stage + first * kRowBytes + (byte + 64 ^ first * 16);
-    // What a row does not have of the last step is zeros, or their products would not be.
-    constexpr bool kWhole = kDepth % kBlockK == 0;
-    const u32 left = kDepth * sizeof(Element) - u32(step) * kRowBytes;
-    const bool low_inside = kWhole || byte < left, high_inside = kWhole || byte + 64 < left;
+    // What a row does not have of the last stage is zeros, or their products would not be.
+    constexpr bool kWhole = kDepth % kStageK == 0;
+    const int left = kDepth * int(sizeof(Element)) - step * kRowBytes;
+    const bool low_inside = kWhole || int(byte) < left, high_inside = kWhole || int(byte) + 64 < left;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (i * 8 < count) {
@@ -120,9 +132,10 @@ struct RowGather {
 // By the row warp. A step is handed over kLanding steps after it was issued. Consumers give a stage back when they have
 // the next one, so more than kStages - 2 steps on their way would wait for each other. Nothing is on its way when this returns:
 // the next task may have to wait for what this one makes.
-template <int kDepth>
+template <bool kSplit, int kDepth>
 DEVICE void gather_rows(const Pipeline& pipeline, StageTurn& turn, RowGather& gather) {
-  constexpr int kLanding = kStages - 2;
+  using Tile = Shape<kSplit>;
+  constexpr int kSteps = Tile::template kSteps<kDepth>, kLanding = kStages - 2;
   StageTurn landed = turn;
   const auto hand_over = [&] {
     fence_proxy_async_shared();  // each lane's copies are ordinary writes: pairs with the consumers' wait and their wgmma
@@ -131,9 +144,11 @@ DEVICE void gather_rows(const Pipeline& pipeline, StageTurn& turn, RowGather& ga
     landed.advance();
   };
 #pragma unroll 1
-  for (int step = 0; step < kSteps<kDepth>; ++step) {
+  for (int step = 0; step < kSteps; ++step) {
     pipeline.wait_empty(turn);
-    gather.template load<kDepth>(pipeline.rows(turn), step);
+#pragma unroll
+    for (int part = 0; part < Tile::kParts; ++part)
+      gather.template load<kDepth, Tile::kStageK>(pipeline.rows(turn) + part * Tile::kStepRowBytes, step * Tile::kParts + part);
     cp_async_commit_group();
     turn.advance();
     if (step < kLanding) continue;
@@ -142,14 +157,16 @@ DEVICE void gather_rows(const Pipeline& pipeline, StageTurn& turn, RowGather& ga
   }
   cp_async_wait_group<0>();
 #pragma unroll 1
-  for (int step = kSteps<kDepth> < kLanding ? kSteps<kDepth> : kLanding; step > 0; --step) hand_over();
+  for (int step = kSteps < kLanding ? kSteps : kLanding; step > 0; --step) hand_over();
 }
 
 // ---- Consumers ----
-// The sums of a thread: 64 x kBlockN of its warpgroup. Warp w has rows 16 w to 16 w + 15; value[4 n + 2 half + i] is row
+// The sums of a thread, of the 64 rows of its warpgroup. Warp w has rows 16 w to 16 w + 15; value[4 n + 2 half + i] is row
 // lane / 4 + 8 half, column 8 n + 2 (lane % 4) + i.
+template <bool kSplit>
 struct Sums {
-  float value[kBlockN / 2];
+  static constexpr int kColumns = kBlockN / Shape<kSplit>::kParts;
+  float value[kColumns / 2];
 };
 
 // Matrix Descriptor: 128-byte swizzle, 1024 bytes from 8 rows to the next 8. The leading offset is not used: k fits a line.
@@ -164,10 +181,10 @@ DEVICE void release_stage(const Pipeline& pipeline, const StageTurn& turn) {
 }
 
 // A warpgroup without rows keeps the barriers in step.
-template <int kDepth>
+template <bool kSplit, int kDepth>
 DEVICE void pass_tile(const Pipeline& pipeline, StageTurn& turn) {
 #pragma unroll 1
-  for (int step = 0; step < kSteps<kDepth>; ++step) {
+  for (int step = 0; step < Shape<kSplit>::template kSteps<kDepth>; ++step) {
     pipeline.wait_full(turn);
     __syncwarp();
     release_stage(pipeline, turn);
@@ -176,20 +193,25 @@ DEVICE void pass_tile(const Pipeline& pipeline, StageTurn& turn) {
 }
 
 // sums = rows . weights over kDepth elements, k ascending. One step's products run while the next stage is waited for.
-template <int kDepth>
-DEVICE void multiply_tile(Sums& sums, const Pipeline& pipeline, StageTurn& turn) {
+template <bool kSplit, int kDepth>
+DEVICE void multiply_tile(Sums<kSplit>& sums, const Pipeline& pipeline, StageTurn& turn) {
+  using Tile = Shape<kSplit>;
   const u32 my_rows = consumer() * 64 * kRowBytes;
   StageTurn before = turn;
 #pragma unroll
   for (float& value : sums.value) value = 0.0f;  // from a first product that ignores its sums ptxas makes a second copy of them
 #pragma unroll 1
-  for (int step = 0; step < kSteps<kDepth>; ++step) {
+  for (int step = 0; step < Tile::template kSteps<kDepth>; ++step) {
     pipeline.wait_full(turn);
-    const u32 rows = pipeline.rows(turn) + my_rows, weights = pipeline.weights(turn);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kRowBytes; k += 32)  // 16 elements of k; the swizzle goes by the address, so a step is just added
-      wgmma_m64n${tile.block_n}k16(sums.value, descriptor(rows + k), descriptor(weights + k));
+    for (int part = 0; part < Tile::kParts; ++part) {
+      const u32 rows = pipeline.rows(turn) + my_rows + part * Tile::kStepRowBytes;
+      const u32 weights = pipeline.weights(turn) + part * Tile::kStepWeightBytes;
+#pragma unroll
+      for (int k = 0; k < kRowBytes; k += 32)  // 16 elements of k; the swizzle goes by the address, so a step is just added
+        wgmma_m64k16(sums.value, descriptor(rows + k), descriptor(weights + k));
+    }
     wgmma_commit_group();
     wgmma_wait_group<1>();  // the step before has read its stage
     if (step > 0) release_stage(pipeline, before);

@@ -101,12 +101,14 @@ DEVICE void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned
 template <int kPending>
 DEVICE void wgmma_wait_group() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory"); }
 
-// d += a . b: 64 rows of a, ${tile.block_n} rows of b, 16 elements of k, both operands in shared memory with k contiguous.
-//% set registers = tile.block_n // 2
+// d += a . b: 64 rows of a, twice as many rows of b as d has registers, 16 elements of k, both operands in shared memory with k
+// contiguous.
 //% set type = "bf16" if spec.dtype == "bfloat16" else "f16"
-DEVICE void wgmma_m64n${tile.block_n}k16(float (&d)[${registers}], u64 a, u64 b) {
+//% for columns in [tile.block_n, tile.block_n // tile.cluster] | unique
+//% set registers = columns // 2
+DEVICE void wgmma_m64k16(float (&d)[${registers}], u64 a, u64 b) {
   asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n${tile.block_n}k16.f32.${type}.${type} {"
+      "wgmma.mma_async.sync.aligned.m64n${columns}k16.f32.${type}.${type} {"
 //% for i in range(0, registers, 8)
       "%${i}, %${i + 1}, %${i + 2}, %${i + 3}, %${i + 4}, %${i + 5}, %${i + 6}, %${i + 7}${"" if i + 8 == registers else ", "}"
 //% endfor
@@ -117,3 +119,4 @@ DEVICE void wgmma_m64n${tile.block_n}k16(float (&d)[${registers}], u64 a, u64 b)
 //% endfor
       : "l"(a), "l"(b));
 }
+//% endfor

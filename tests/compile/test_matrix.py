@@ -80,7 +80,8 @@ def _corners() -> Iterator[Case]:
     vanilla = BASE.replace(mlp="vanilla", activation="gelu", bias=True, weight_on="input")
     yield Case("vanilla gelu", vanilla, arch)
     yield Case("one wgmma step", BASE.replace(hidden_size=8, intermediate_size=8), arch)
-    yield Case("narrow wgmma", BASE, arch, tile=TileConfig(128, 128, 64, 6, 8, 1))
+    for cluster in (1, 2):
+        yield Case(f"narrow wgmma, {cluster}", BASE, arch, tile=TileConfig(128, 128, 64, 6, 8, 1, cluster=cluster))
     yield Case("vanilla wgmma of 192", vanilla, arch, tile=TileConfig(128, 192, 64, 5, 8, 1, cluster=2))
     yield Case("one row of warps", BASE, arch, tile=TileConfig(16, 64, 64, 4, 1, 4, program="mma"))
     yield Case("rows of 64 bytes", BASE, arch, tile=TileConfig(64, 128, 32, 4, 2, 4, program="mma"))
@@ -182,6 +183,15 @@ def test_default_tiles_fill_a_multiprocessor(dtype: str, math: str | None, arch:
 def test_refuses_impossible_tiles(tile: TileConfig) -> None:
     with pytest.raises(SpecError):
         plan_kernel(BASE, tile, "sm_90a")
+
+
+@pytest.mark.parametrize(
+    "mlp,block_n,cluster,rows",
+    [("gated", 256, 2, 64), ("gated", 256, 1, 0), ("gated", 128, 2, 0), ("vanilla", 128, 2, 64), ("vanilla", 192, 2, 0)],
+)
+def test_tiles_are_split_where_their_parts_fit_the_epilogue(mlp: str, block_n: int, cluster: int, rows: int) -> None:
+    tile = TileConfig(128, block_n, 64, 4, 8, 1, cluster=cluster)
+    assert plan_kernel(BASE.replace(mlp=mlp), tile, "sm_90a").split_rows == rows
 
 
 @pytest.mark.parametrize("arch,dtype", [("sm_90a", "float32"), ("sm_100", "bfloat16"), ("host", "bfloat16")])

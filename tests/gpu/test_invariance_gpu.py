@@ -92,6 +92,21 @@ def test_bits_of_a_token_do_not_depend_on_the_batch(way: str) -> None:
     assert y.tobytes() == whole[same].tobytes()
 
 
+@pytest.mark.parametrize("way", BF16)
+def test_bits_of_a_token_do_not_depend_on_the_rows_of_its_expert(way: str) -> None:
+    """One expert has all rows: fewer and more than fit a warpgroup, an M-block, a claim, and an odd number of column tiles."""
+    spec, tile = make(way, batch_invariant=True, max_tokens=400, shape=(576, 296, 3, 1))
+    problem = Problem(spec)
+    x, _, weights = inputs_of(problem, spec, [400], "uniform")[0]
+    case = (x, np.full((400, 1), 2, np.int32), weights)
+    ranks = Ranks(spec, tile)
+    (whole,) = ranks.run(problem, [case])
+    assert_close(problem, case, whole, BOUNDS[way])
+    for tokens in (1, 15, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 320, 321, 384, 385):
+        (y,) = ranks.run(problem, [rows_of(case, slice(tokens))])
+        assert y.tobytes() == whole[:tokens].tobytes(), f"{tokens} rows"
+
+
 # What changes nothing but who computes what and when.
 LAUNCHES: dict[str, dict[str, Any]] = {
     "2 ranks": {"world_size": 2},

@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from world import Problem, routes
+from world import BOUNDS, Problem, relative_error, routes
 
 import flashmoe_gen as fmg
 from flashmoe_gen import trace
@@ -24,6 +24,32 @@ def call(layer: fmg.MoELayer, tokens: int) -> np.ndarray:
     ids, weights = routes(SPEC, tokens, "uniform", 2)
     y: np.ndarray = layer(x, ids, weights, fmg.Experts(**problem.weights))
     return y
+
+
+# Rows of the only expert that is used -> the M-blocks they take, and how often each tile of each of them is worked on.
+SHARES = {
+    "columns of a tile": (16, {0: 2}),
+    "tiles": (17, {0: 1}),
+    "rows": (33, {0: 1, 1: 1}),
+    "rows, and tiles of the rest": (70, {0: 1, 1: 1, 2: 1}),
+}
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_a_cluster_shares_a_claim(share: str) -> None:
+    rows, blocks = SHARES[share]
+    tile = fmg.default_tile(SPEC, "host").replace(cluster=2)
+    problem = Problem(SPEC)
+    x = problem.tokens(rows, 1)
+    ids, weights = np.tile(np.array([[3, -1]], np.int32), (rows, 1)), np.ones((rows, 2), np.float32)
+    with fmg.MoELayer(SPEC, target="host", tile=tile, instrument=fmg.Instrument(trace_events=500)) as layer:
+        y = layer(x, ids, weights, fmg.Experts(**problem.weights))
+        events = layer.take_trace()
+    assert relative_error(y, fmg.reference.moe(SPEC, x, ids, weights, **problem.weights)) <= BOUNDS["float32"]
+    plan = plan_kernel(SPEC, tile, "host")
+    for work, tiles in (("gemm1", plan.gemm1_tiles), ("gemm2", plan.gemm2_tiles)):
+        found = Counter(map(tuple, events[events["work"] == WORK[work]]["what"].tolist()))
+        assert found == {(block, column): times for block, times in blocks.items() for column in range(tiles)}
 
 
 def test_holds_every_task_once() -> None:
