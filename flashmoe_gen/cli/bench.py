@@ -42,27 +42,29 @@ def bench(
     names = model or list(bench_room.MODELS)
     specs = {name: _spec(name, max(counts)) for name in names}
     arch = CudaTarget().arch
+    tiles = {name: _tile(spec, arch, program) for name, spec in specs.items()}
     ceilings = bench_room.measure_ceilings()
     console.note(
         f"{ceilings.device}, driver {ceilings.driver}: matmul {ceilings.matmul_tflops:.0f} TFLOP/s, "
         f"read {ceilings.read_gbs:.0f} GB/s"
     )
+    host_us = bench_room.bench_host(specs[names[0]])
+    console.note(f"{names[0]}: a call keeps the host {host_us:.1f} us")
     layers, routers = [], []
+    context = {
+        "version": __version__, "commit": commit, "command": " ".join(["flashmoe-gen", *sys.argv[1:]]), "program": program,
+        "host_us_per_call": host_us,
+    }  # fmt: skip
     for name, spec in specs.items():
-        for timing in bench_room.bench_layer(name, spec, counts, ceilings, tile=_tile(spec, arch, program)):
+        for timing in bench_room.bench_layer(name, spec, counts, ceilings, tile=tiles[name]):
             layers.append(timing)
             console.note(f"{name}, {timing.tokens} tokens: {timing.us:.1f} us, {timing.percent_of_floor:.0f} % of the floor")
         for routed in bench_room.bench_router(name, spec, counts) if router else ():
             routers.append(routed)
             console.note(f"{name}, router, {routed.tokens} tokens: {routed.us:.1f} us")
-    host_us = bench_room.bench_host(specs[names[0]])
-    console.note(f"{names[0]}: a call keeps the host {host_us:.1f} us")
-    command = " ".join(["flashmoe-gen", *sys.argv[1:]])
-    result = bench_room.report(
-        ceilings, layers, routers, version=__version__, commit=commit, command=command, program=program, host_us_per_call=host_us
-    )
-    if output is not None:
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        result = bench_room.report(ceilings, layers, routers, **context)
+        if output is not None:  # after every model: who stops a long run keeps what it measured
+            output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if json_:
         console.print_json(result)
         return

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import pytest
 
 import flashmoe_gen as fmg
+from flashmoe_gen import bench as bench_room
 from flashmoe_gen import compile as compile_module
-from flashmoe_gen.cli import checks, demo, main, problem
+from flashmoe_gen.cli import bench, checks, demo, main, problem
 
 TINY = "--set hidden_size=64 --set intermediate_size=32 --set top_k=2"
 TINY_DEMO = f"demo {TINY} --experts 8 --tokens 5 --ranks 3"
@@ -320,3 +322,29 @@ def test_a_traced_kernel_is_reproduced_by_its_command(run: Runner) -> None:
     source = fmg.generate(fmg.MoESpec(64, 32, 2, 2, max_tokens=1), arch="host", instrument=fmg.Instrument(5, 5))
     command = source.metadata["command"].removeprefix("flashmoe-gen compile")
     assert run(f"generate {command}")[0] == source.text
+
+
+def test_bench_keeps_the_models_that_are_done(run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measuring is replaced: what is tested is the file of a run that fails at its second model."""
+
+    def bench_layer(name: str, spec: fmg.MoESpec, tokens: list[int], *_: Any, **__: Any) -> Iterator[bench_room.Timing]:
+        if name == "mixtral-8x7b":
+            raise fmg.CommError("a processor waits")
+        for count in tokens:
+            yield bench_room.Timing(name, count, 2.0, 1.0, 3.0, 1.0, 50.0, 7.0, 0)
+
+    monkeypatch.setattr(bench, "CudaTarget", lambda: SimpleNamespace(arch="sm_90a"))
+    monkeypatch.setattr(bench_room, "measure_ceilings", lambda: bench_room.Ceilings("a GPU", "1.0", 700.0, 3000.0))
+    monkeypatch.setattr(bench_room, "bench_host", lambda spec: 41.0)
+    monkeypatch.setattr(bench_room, "bench_layer", bench_layer)
+    result = tmp_path / "result.json"
+    line = f"bench -m qwen3-30b-a3b -m mixtral-8x7b -t 1,32 --no-router --commit abc -o {result}"
+    assert "a processor waits" in run(line, 1)[1]
+    written = json.loads(result.read_text())
+    assert [(cell["model"], cell["tokens"]) for cell in written["layer"]] == [
+        ("qwen3-30b-a3b", 1),
+        ("qwen3-30b-a3b", 32),
+    ]
+    assert (written["commit"], written["host_us_per_call"], written["ceilings"]["device"]) == ("abc", 41.0, "a GPU")
+    assert "qwen3-30b-a3b" in run(line.replace("-m mixtral-8x7b ", ""))[0]
+    assert "Must be 'mma' or 'wgmma'" in run(f"{line} --program simt", 2)[1]
