@@ -141,7 +141,7 @@ PARTS: dict[tuple[str, str], list[str]] = {
     ("moe", "sm90"): [
         "sm80/ptx.cuh", "sm90/ptx.cuh", "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
         "common/args.cuh", "common/activation.cuh", *_PROTOCOL, "sm80/finished.cuh", "sm90/pipeline.cuh",
-        "sm90/tasks.cuh", "sm90/moe_block.cuh",
+        "sm90/loads.cuh", "sm90/tasks.cuh", "sm90/moe_block.cuh",
     ],
     ("router", "host"): [
         "host/runtime.h", "host/platform.h", "router/constants.cuh", "host/element.h", "common/element.cuh", "common/args.cuh",

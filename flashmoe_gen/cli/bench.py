@@ -32,7 +32,7 @@ def bench(
     ] = None,
     router: Annotated[bool, typer.Option("--router/--no-router", help="Time the router too.")] = True,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.", show_default=False)
+        Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file, after every model.", show_default=False)
     ] = None,
     commit: Annotated[str, typer.Option("--commit", help="What the JSON names as the commit that ran.")] = "unknown",
     json_: JsonFlag = False,
