@@ -165,7 +165,8 @@ class WorkspaceLayout:
         in_flight, tiles = 2 * processors * cluster, plan.gemm1_tiles + plan.gemm2_tiles
         lag = _ceil(in_flight + plan.gemm2_tiles, tiles) if tile.lag is None else tile.lag
         between = lag * tiles - plan.gemm2_tiles
-        group_lag = _ceil(_ceil(between, max_group) + plan.gemm2_tiles, tiles) if lag else 0  # as the scheduler has it
+        # As the scheduler has it for full groups. Where they hold fewer M-blocks it keeps more of them, in no more slots.
+        group_lag = _ceil(_ceil(between, max_group) + plan.gemm2_tiles, tiles) if lag else 0
         ring_slots = max(lag + _ceil(in_flight, plan.gemm1_tiles) + 1, (group_lag + 2) * max_group)
         ring_slots = max(cluster, min(blocks, ring_slots))
         max_group = max(cluster, min(max_group, ring_slots // 2 // cluster * cluster))

@@ -166,7 +166,7 @@ class KernelPlan:
             A box is ``block_k`` elements of that many rows of one expert: what one block of a cluster loads.
         ring_box: rows of a box of the intermediate ring's tensor map.
         loader_registers, consumer_registers: registers of a thread in the two roles of the wgmma program, else 0.
-        near_end: steps before the end of a task at which the wgmma program claims the next one.
+        near_end: stages before the end of a task at which the wgmma program claims the next one.
     """
 
     intermediate_columns: int
@@ -233,8 +233,8 @@ def plan_kernel(spec: MoESpec, tile: TileConfig, arch: str) -> KernelPlan:
 
 
 def _split_rows(tile: TileConfig, columns: int, arch: Arch) -> int:
-    """As many as one of two warpgroups takes, when the parts of a tile are still whole steps of its epilogue."""
-    step = 2 if arch.is_host else 64
+    """Half an M-block, a warpgroup's rows on a GPU, when the parts of a tile are still whole steps of its epilogue."""
+    step = 2 if arch.is_host else 64  # columns: the host makes two at a time
     splits = tile.cluster > 1 and columns % (tile.cluster * step) == 0 and tile.block_n % (tile.cluster * step) == 0
     return tile.block_m // 2 if splits else 0
 

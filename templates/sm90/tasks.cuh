@@ -2,9 +2,9 @@
 constexpr int kWorkBytes = ${plan.work_bytes};  // of dynamic shared memory: the stages, then a patch per consumer warp
 constexpr int kSharedBytes = ${plan.shared_bytes};
 
-// One lane of each consumer warpgroup records what the warpgroup does.
+// One lane of each consumer warpgroup records what the warpgroup does; a member past the last tile does nothing.
 DEVICE Span span_of(const Call& call, Work work, const Task& task) {
-  return Span(call, work, threadIdx.x % 128 == 0, task.issue, task.column);
+  return Span(call, work, threadIdx.x % 128 == 0 && task.block.rows != 0, task.issue, task.column);
 }
 
 // In a trace, the wait for the first stage of a task stands apart from its products.
