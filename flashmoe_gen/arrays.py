@@ -34,31 +34,49 @@ class _DLTensor(ctypes.Structure):
     ]
 
 
+class _VersionedTensor(ctypes.Structure):  # DLPack 1.0: DLManagedTensorVersioned
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _DLTensor),
+    ]
+
+
+_DL_VERSION = (1, 0)
+_DL_READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype = ctypes.c_void_p
 _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+_capsule_is = ctypes.pythonapi.PyCapsule_IsValid
+_capsule_is.restype = ctypes.c_int
+_capsule_is.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 class View(NamedTuple):
-    """An array's memory.
+    """An array's memory, and what keeps it there: the address is good as long as the view lives.
 
     Attributes:
         pointer: address of its first element.
         shape: its shape.
         strides: in elements.
         dtype: ``"bfloat16"``, ``"float16"``, ``"float32"``, ``"float64"``, ``"int32"``, ...
-        read_only: whether writing into it is refused by its owner.
+        read_only: why nothing may be written into it; empty when it may.
         device: ``"cpu"``, ``"cuda:N"`` or another library's name for where it is.
-        owner: what keeps the memory alive.
+        owner: the array.
+        capsule: the DLPack capsule that lends the memory, or ``None``: the array's library knows how long kernels use it.
     """
 
     pointer: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: str
-    read_only: bool
+    read_only: str
     device: str
     owner: object
+    capsule: object = None
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """The same memory as a NumPy array."""
@@ -81,29 +99,55 @@ def _packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @functools.lru_cache
 def _name_of(dtype: np.dtype[Any]) -> str:
-    return str(dtype.name)  # NumPy makes it anew each time
+    """NumPy's name of a dtype, which it makes anew each time, with the byte order where it is not this machine's."""
+    return str(dtype.name) if dtype.isnative else f"{dtype.name} in the other byte order"
 
 
 def _numpy_view(array: np.ndarray[Any, Any], name: str) -> View:
+    if isinstance(array, np.ma.MaskedArray):
+        raise SpecError(f"{name} is a masked array, whose mask would be ignored. Pass its filled() values.")
     size = array.dtype.itemsize
-    if [stride for stride in array.strides if stride % size]:
+    if size == 0 or [stride for stride in array.strides if stride % size]:
         raise SpecError(f"{name} is not valid: its strides {array.strides} are not multiples of its {size}-byte elements.")
     strides = tuple([stride // size for stride in array.strides])
-    read_only = not array.flags.writeable
+    read_only = "" if array.flags.writeable else "is read-only"
     return View(array.ctypes.data, array.shape, strides, _name_of(array.dtype), read_only, "cpu", array)
 
 
+def _refuse_gradient(array: Any, name: str) -> None:
+    if not getattr(array, "requires_grad", False):
+        return
+    torch = sys.modules.get("torch")
+    if torch is None or torch.is_grad_enabled():
+        raise UnsupportedError(
+            f"{name} requires gradients; flashmoe_gen runs inference alone. Pass {name}.detach(), or call it under torch.no_grad()."
+        )
+
+
 def _torch_view(tensor: Any, name: str) -> View:
-    if tensor.requires_grad:
-        raise UnsupportedError(f"{name} requires gradients; flashmoe_gen runs inference alone. Pass {name}.detach().")
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return View(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype, False, str(tensor.device), tensor)
+    _refuse_gradient(tensor, name)
+    kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+    try:
+        if tensor.layout is not sys.modules["torch"].strided or tensor.is_nested:
+            raise SpecError(f"{name} is a {kind} of layout {tensor.layout}, without one block of memory. Pass a dense tensor.")
+        if tensor.is_neg() or tensor.is_conj():
+            raise SpecError(f"{name} is a view whose negation or conjugation is pending. Pass {name}.resolve_neg().resolve_conj().")
+        dtype, pointer, shape = str(tensor.dtype).removeprefix("torch."), tensor.data_ptr(), tuple(tensor.shape)
+        if pointer == 0 and 0 not in shape:
+            raise SpecError(f"{name} is a {kind} on {str(tensor.device)!r} that has no memory. Pass a tensor with data.")
+        return View(pointer, shape, tensor.stride(), dtype, "", str(tensor.device), tensor)
+    except RuntimeError as error:  # such as under vmap
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SpecError(f"{name} is a {kind} whose memory cannot be read: {reason}") from error
 
 
 def _cupy_view(array: Any, name: str) -> View:
+    if not hasattr(array, "data") or not hasattr(array, "strides"):
+        kind = f"{type(array).__module__}.{type(array).__name__}"
+        raise SpecError(f"{name} is a {kind}, without one block of memory. Pass a cupy.ndarray.")
     size = array.dtype.itemsize
     strides = tuple([stride // size for stride in array.strides])
-    return View(int(array.data.ptr), array.shape, strides, _name_of(array.dtype), False, f"cuda:{array.data.device_id}", array)
+    return View(int(array.data.ptr), array.shape, strides, _name_of(array.dtype), "", f"cuda:{array.data.device_id}", array)
 
 
 def _require_device(name: str, found: str, device: str | None) -> None:
@@ -111,28 +155,66 @@ def _require_device(name: str, found: str, device: str | None) -> None:
         raise SpecError(f"{name} is on {found!r}, but this layer runs on {device!r}.")
 
 
+def _capsule(array: Any, kind: int) -> object:
+    """Ask for a versioned capsule, which says whether its memory is read-only; older exporters know no versions."""
+    # The caller orders streams, as everywhere in this package: no synchronisation through DLPack.
+    options: dict[str, Any] = {} if kind in _CPU_DEVICES else {"stream": -1}
+    try:
+        return array.__dlpack__(**options, max_version=_DL_VERSION)
+    except TypeError:
+        return array.__dlpack__(**options)
+
+
 def _dlpack_view(array: Any, name: str, device: str | None) -> View:
-    if getattr(array, "requires_grad", False):
-        raise UnsupportedError(f"{name} requires gradients; flashmoe_gen runs inference alone. Pass {name}.detach().")
+    _refuse_gradient(array, name)
     try:
         kind, index = map(int, array.__dlpack_device__())
         found = "cpu" if kind in _CPU_DEVICES else f"{_DL_DEVICES.get(kind, f'DLPack device type {kind}')}:{index}"
         _require_device(name, found, device)
-        # The caller orders streams, as everywhere in this package: no synchronisation through DLPack.
-        capsule = array.__dlpack__() if kind in _CPU_DEVICES else array.__dlpack__(stream=-1)
+        capsule = _capsule(array, kind)
     except SpecError:
         raise
     except Exception as error:
         raise SpecError(f"{name} cannot be read through DLPack: {error}") from error
-    tensor = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
+    if _capsule_is(capsule, b"dltensor_versioned"):
+        versioned = _VersionedTensor.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
+        if versioned.major != _DL_VERSION[0]:
+            raise SpecError(f"{name} is exported as DLPack {versioned.major}.{versioned.minor}. Must be {_DL_VERSION[0]}.x.")
+        tensor, read_only = versioned.tensor, "is read-only" if versioned.flags & _DL_READ_ONLY else ""
+    elif _capsule_is(capsule, b"dltensor"):
+        tensor, read_only = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor")), _UNSAID
+    else:
+        raise SpecError(f"{name} cannot be read through DLPack: {type(array).__name__}.__dlpack__() returned no DLPack capsule.")
+    if tensor.lanes != 1:
+        raise SpecError(f"{name} is not valid: its elements are vectors of {tensor.lanes}. Must be scalars.")
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
     strides = tuple(tensor.strides[i] for i in range(tensor.ndim)) if tensor.strides else _packed_strides(shape)
     dtype = f"{_DL_CODES.get(tensor.code, 'type' + str(tensor.code))}{tensor.bits}"
+    pointer = (tensor.data or 0) + tensor.byte_offset
+    if pointer == 0 and 0 not in shape:
+        raise SpecError(f"{name} is a {type(array).__module__}.{type(array).__name__} that has no memory.")
     # The capsule is never renamed, so its own deleter frees the exporter's reference when the view goes.
-    return View((tensor.data or 0) + tensor.byte_offset, shape, strides, dtype, False, found, (array, capsule))
+    return View(pointer, shape, strides, dtype, read_only, found, array, capsule)
 
 
-_VIEWS = {"torch": _torch_view, "cupy": _cupy_view}
+_UNSAID = "does not say that it may be written: it does not speak DLPack 1.0, and others may share its memory"
+_VIEWS = {"torch": _torch_view, "cupy": _cupy_view, "cupyx": _cupy_view}
+
+
+def identity(array: Any) -> Any:
+    """Something cheap that is equal as long as an array's view is: its memory may be replaced (``parameter.data = ...``)."""
+    if isinstance(array, np.ndarray):
+        return array.__array_interface__["data"][0], array.shape, array.strides, array.dtype
+    library = _library(array)
+    if library == "torch":
+        try:
+            gradient = array.requires_grad and sys.modules["torch"].is_grad_enabled()
+            return array.data_ptr(), array.shape, array.stride(), array.dtype, gradient, array.is_neg()
+        except RuntimeError:
+            return object()
+    if library == "cupy":
+        return array.data.ptr, array.shape, array.strides, array.dtype
+    return object()  # it lends its memory through a capsule: look again each time
 
 
 def view(array: Any, name: str, device: str | None = None) -> View:
@@ -193,6 +275,20 @@ def checked(
     return found
 
 
+def writable(array: Any, name: str, shape: Sequence[int | None], dtype: str, *, device: str, alignment: int) -> View:
+    """As :func:`checked`, of an array that will be written into.
+
+    Raises:
+        SpecError: also when its owner does not allow that.
+    """
+    if _library(array) in ("jax", "jaxlib"):
+        raise SpecError(f"{name} is a JAX array, which is immutable: others may share its memory. Leave {name}= out.")
+    found = checked(array, name, shape, dtype, device=device, alignment=alignment)
+    if found.read_only:
+        raise SpecError(f"{name} {found.read_only}.")
+    return found
+
+
 def empty_like(array: Any, shape: Sequence[int], dtype: str) -> Any:
     """Memory for an output that goes with ``array``: of its library for torch and CuPy, NumPy for others (see :func:`exported`)."""
     library = _library(array)
@@ -212,5 +308,13 @@ def exported(result: Any, array: Any) -> Any:
     return sys.modules["jax"].numpy.asarray(result) if _library(array).startswith("jax") else result
 
 
+def is_torch_int64(array: Any) -> bool:
+    """Whether an array is what ``torch.topk`` gives as indices: torch has no other type for them."""
+    return _library(array) == "torch" and array.dtype is sys.modules["torch"].int64
+
+
 def _library(array: Any) -> str:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):  # a subclass may be defined anywhere
+        return "torch"
     return type(array).__module__.partition(".")[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from . import arrays
@@ -9,8 +11,26 @@ from .errors import SpecError
 from .spec import MoESpec
 
 
+@dataclass(frozen=True, eq=False)
+class BoundExperts:
+    """Checked weights: their addresses, which are good as long as this lives.
+
+    Attributes:
+        fields: the weight fields of ``MoEArgs``.
+        views: the arrays behind them.
+        identities: what was bound; see :func:`flashmoe_gen.arrays.identity`.
+    """
+
+    fields: dict[str, int]
+    views: tuple[arrays.View, ...]
+    identities: tuple[Any, ...]
+
+
 class Experts:
     """Weights of the experts a rank holds, in slot order: nn.Linear layout, K contiguous, never copied.
+
+    Arrays may be written in place between calls, and a framework may replace the memory of a parameter: every call looks at
+    where they are. What lends its memory through DLPack is asked for it at every call, and keeps it as long as the call runs.
 
     Args:
         gate, up: ``[E_local, I, H]``; a vanilla MLP has no gate.
@@ -52,22 +72,55 @@ class Experts:
             "gate_bias": gate_bias, "up_bias": up_bias, "gate_up_bias": gate_up_bias, "down_bias": down_bias,
         }  # fmt: skip
         self._interleaved = gate_up_layout == "interleaved"
-        self._device = "cpu"
-        self._checked: dict[tuple[Any, ...], dict[str, int]] = {}
+        self._bound: dict[tuple[Any, ...], BoundExperts] = {}
 
-    def arguments(self, spec: MoESpec, local_experts: int, device: str) -> dict[str, int]:
-        """The weight fields of ``MoEArgs`` for a rank that holds ``local_experts`` experts on ``device``; checked once per spec.
+    def __repr__(self) -> str:
+        parts = [f"{name}={_described(array)}" for name, array in self._arrays.items() if array is not None]
+        layout = "interleaved" if self._interleaved else "concat"
+        if self._arrays["gate_up"] is not None:
+            parts.append(f"gate_up_layout={layout!r}")
+        return f"Experts({', '.join(parts)})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Experts:
+        layout: Literal["concat", "interleaved"] = "interleaved" if self._interleaved else "concat"
+        return Experts(**copy.deepcopy(self._arrays, memo), gate_up_layout=layout)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_bound": {}}  # addresses of this process
+
+    def bind(self, spec: MoESpec, local_experts: int, device: str) -> BoundExperts:
+        """The weights of a rank that holds ``local_experts`` experts on ``device``: the same object while nothing has moved.
 
         Raises:
             SpecError: an array is missing, not wanted, or of the wrong device, shape, dtype or strides; names it.
         """
         key = (spec.hidden_size, spec.intermediate_size, spec.dtype, spec.mlp, spec.bias, local_experts, device)
-        if key not in self._checked:
-            self._device = device
-            self._checked[key] = self._check(spec, local_experts)
-        return self._checked[key]
+        identities = tuple([arrays.identity(array) for array in self._arrays.values() if array is not None])
+        bound = self._bound.get(key)
+        if bound is None or bound.identities != identities:
+            views: dict[str, arrays.View] = {}
+            fields = _Check(self._arrays, self._interleaved, device, views).fields(spec, local_experts)
+            bound = BoundExperts(fields, tuple(views.values()), identities)
+            if not any(view.capsule for view in bound.views):
+                self._bound[key] = bound
+        return bound
 
-    def _check(self, spec: MoESpec, experts: int) -> dict[str, int]:
+
+def _described(array: Any) -> str:
+    dtype = str(getattr(array, "dtype", "")).removeprefix("torch.")
+    return f"{type(array).__name__}[{dtype} {'x'.join(map(str, getattr(array, 'shape', ())))}]"
+
+
+@dataclass
+class _Check:
+    """One look at all arrays."""
+
+    _arrays: dict[str, Any]
+    _interleaved: bool
+    _device: str
+    _views: dict[str, arrays.View]
+
+    def fields(self, spec: MoESpec, experts: int) -> dict[str, int]:
         gated = spec.mlp == "gated"
         joined = self._arrays["gate_up"] is not None
         if not gated and (joined or self._arrays["gate"] is not None):
@@ -98,7 +151,9 @@ class Experts:
     def _view(self, spec: MoESpec, name: str, shape: tuple[int, ...]) -> arrays.View:
         if self._arrays[name] is None:
             raise SpecError(f"{name}= is missing. Must be {shape} of {spec.dtype}.")
-        return arrays.checked(self._arrays[name], name, shape, spec.dtype, device=self._device, contiguous=False)
+        view = arrays.checked(self._arrays[name], name, shape, spec.dtype, device=self._device, contiguous=False)
+        self._views[name] = view
+        return view
 
     def _matrix(self, spec: MoESpec, name: str, shape: tuple[int, ...]) -> dict[str, int]:
         found = self._view(spec, name, shape)

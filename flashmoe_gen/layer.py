@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
 from . import arrays, comm, env
 from .arch import get_arch
-from .args import MOE_ARGS, STATE, TRACE_EVENT
-from .errors import CommError, SpecError
+from .args import MOE_ARGS
+from .call import PackedCall, Packer
+from .counters import LayerStats, read_state, take_trace
+from .errors import CommError, SpecError, UnsupportedError
 from .experts import Experts
 from .instrument import Instrument
 from .launch.cuda import CudaTarget, device_count
 from .launch.host import HostTarget
-from .launch.target import Target, TensorBox
+from .launch.target import Target, TensorBox, loaded
 from .layout import HeapNeeds, WorkspaceLayout, return_slots
 from .plan import KernelPlan, TileConfig, default_tile, plan_kernel, resolve_combine
 from .render import generate
@@ -26,40 +29,6 @@ from .spec import MoESpec, Placement
 logger = logging.getLogger("flashmoe_gen")
 
 _NO_CAPACITY = 2**31 - 1
-_TRACE = [("party", "i4"), ("track", "i4"), ("work", "u4"), ("what", "u4", (2,)), ("start", "u8"), ("end", "u8")]
-
-
-@dataclass(frozen=True)
-class LayerStats:
-    """What a layer has done on this rank since it was made.
-
-    Attributes:
-        calls: finished calls.
-        routes: routes sent to experts (on any rank) by this rank's tokens.
-        masked: routes with a negative id.
-        dropped: routes over the capacity.
-        rows: expert rows computed here, for all ranks' tokens.
-        blocks: M-blocks computed here.
-        padding: rows by which those M-blocks are larger than ``rows``.
-    """
-
-    calls: int
-    routes: int
-    masked: int
-    dropped: int
-    rows: int
-    blocks: int
-    padding: int
-
-
-@dataclass(frozen=True)
-class PackedCall:
-    """The arguments of one call, the array it writes, and what must stay alive meanwhile."""
-
-    args: np.ndarray[Any, Any]
-    prepared: tuple[Any, ...]  # what the launch passes beside them
-    result: Any
-    keep: tuple[Any, ...]
 
 
 class MoELayer:
@@ -77,7 +46,14 @@ class MoELayer:
             resident at the same time, shared evenly by the ranks of this process.
         instrument: tracing or random delays in the kernel, for looking into it; default none.
 
-    Making a layer is collective: every rank makes the same layers in the same order, before the first call.
+    Making a layer is collective: every rank makes the same layers in the same order. The first call waits until all have.
+
+    A layer may be used from several threads, and be closed by any: with one rank, calls wait for each other (on a GPU they
+    follow each other there, whatever their streams are); with several ranks a call while another thread's call is in flight
+    raises :class:`CommError`, since their order must be the same on all ranks. A rank whose call raises tells its peers, which
+    raise a :class:`CommError` with its reason instead of waiting for it.
+
+    ``copy.deepcopy`` of a layer makes another one on the same communicator; a layer cannot be pickled.
 
     Raises:
         SpecError, UnsupportedError: an argument is not valid, or the target is not usable here.
@@ -98,30 +74,75 @@ class MoELayer:
         instrument: Instrument | None = None,
     ) -> None:
         self.spec = spec
-        self._instrument = instrument or Instrument()
-        self._target = _resolve_target(target, comm, max_blocks)
-        self._stream = self._target.stream(stream, None) if stream is not None else None
         self.comm = _resolve_comm(spec, comm)
+        self._max_blocks, self._given_stream = max_blocks, stream
+        with self.comm.making():
+            self._make(target, tile, placement, stream, instrument)
+
+    def _make(
+        self, target: str | None, tile: TileConfig | None, placement: Placement | None, stream: Any, instrument: Instrument | None
+    ) -> None:
+        spec = self.spec
+        env.timeout_s()  # a bad one is found before anything is compiled
+        self._instrument = instrument or Instrument()
+        self._target = _resolve_target(target, self.comm, self._max_blocks)
+        self._stream = self._target.stream(stream, None) if stream is not None else None
         arch = self._target.arch
         self.tile = tile or default_tile(spec, arch)
         self._combine = resolve_combine(spec, self.tile, get_arch(arch))
-        self._plan = plan_kernel(spec, self.tile, arch)
-        compiled = generate(spec, arch=arch, tile=self.tile, instrument=instrument).compile()
-        self._kernel = self._target.load(
-            compiled,
-            threads=self._plan.threads,
-            shared_bytes=self._plan.shared_bytes,
-            boxes=_tensor_boxes(spec, self.tile, self._plan),
-            # The driver then starts all blocks or none. Not where ranks share a GPU: what the stream of one runs before its
-            # launch, such as the clearing after reset(), may find no room beside another's cooperative launch.
-            cooperative=spec.world_size == 1,
-            cluster=self.tile.cluster,
+        plan = self._plan = plan_kernel(spec, self.tile, arch)
+        self._kernel = loaded(
+            generate(spec, arch=arch, tile=self.tile, instrument=instrument).compile,
+            lambda compiled: self._target.load(
+                compiled,
+                threads=plan.threads,
+                shared_bytes=plan.shared_bytes,
+                boxes=_tensor_boxes(spec, self.tile, plan),
+                # The driver then starts all blocks or none. Not where ranks share a GPU: what the stream of one runs before its
+                # launch, such as the clearing after reset(), may find no room beside another's cooperative launch.
+                cooperative=spec.world_size == 1,
+                cluster=self.tile.cluster,
+            ),
         )
+        self._target.load_helpers()
         self._router: Router | None = None
         self._processors = self._target.processors(self._kernel, spec.world_size)
         self._closed = False
+        self._narrow_ids = self._target.allocate(4 * spec.max_tokens * spec.top_k)
         self.comm.reserve(self._target, HeapNeeds.of(spec, self._combine))
-        self.set_placement(placement or Placement.default(spec.num_experts, spec.world_size))
+        placement = placement or Placement.default(spec.num_experts, spec.world_size)
+        self.set_placement(placement)
+        alike = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+        self._number = self.comm.register({**alike, "combine": self._combine, "placement": placement.slots_per_rank})
+
+    def __repr__(self) -> str:
+        state = ", closed" if self._closed else ""
+        where = f"target={self.target!r}, rank={self.comm.rank}, workspace_bytes={self.workspace_bytes}"
+        return f"MoELayer({self.spec}, {where}{state})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoELayer:
+        if self._closed:
+            raise CommError("The layer is closed: it cannot be copied.")
+        made = MoELayer(
+            self.spec,
+            target="host" if self.target == "host" else "cuda",
+            tile=self.tile,
+            comm=self.comm,
+            placement=self.placement,
+            stream=self._given_stream,
+            max_blocks=self._max_blocks,
+            instrument=self._instrument,
+        )
+        memo[id(self)] = made
+        return made
+
+    def __copy__(self) -> MoELayer:
+        return copy.deepcopy(self)
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(
+            "A MoELayer cannot be pickled: it is bound to a device and a communicator. Keep its spec and make it again."
+        )
 
     def __enter__(self) -> MoELayer:
         return self
@@ -130,18 +151,36 @@ class MoELayer:
         self.close()
 
     def close(self) -> None:
-        """Give the workspace back; later calls raise :class:`CommError`. The communicator stays open."""
-        if not self._closed:
+        """Give back the workspace and everything borrowed; later calls raise :class:`CommError`. The communicator stays open.
+
+        Waits for the calls in flight, those of other threads too.
+        """
+        with self.comm.lock:
+            if self._closed:
+                return
+            self._closed = True
             self._target.synchronize()
-            self._workspace = self._target.allocate(0)
-        self._closed = True
+            self._workspace = self._narrow_ids = self._target.allocate(0)
+            self._pack = self._packer()
+            self._target.forget()
+            router, self._router = self._router, None
+        if router is not None:
+            router.close()
 
     def set_placement(self, placement: Placement) -> None:
         """Collective: use another placement from the next call on (which then takes experts in its slot order).
 
+        Waits for the calls in flight, those of other threads too.
+
         Raises:
             SpecError: it does not fit the spec.
+            CommError: the layer is closed.
         """
+        with self.comm.lock:
+            self._require_open()
+            self._place(placement)
+
+    def _place(self, placement: Placement) -> None:
         spec = self.spec
         if placement.world_size != spec.world_size or placement.num_experts != spec.num_experts:
             raise SpecError(
@@ -169,9 +208,7 @@ class MoELayer:
         self._workspace = self._target.allocate(self._layout.bytes)
         self._reported = 0  # invalid ids
         self.comm.attach(self)
-        self._args = self._constant_args()
-        self._prepared: tuple[bytes, tuple[Any, ...]] = (b"", ())
-        self._prepared_for: tuple[Experts | None, int] = (None, 0)
+        self._pack = self._packer()
 
     @property
     def local_experts(self) -> int:
@@ -190,7 +227,7 @@ class MoELayer:
     @property
     def workspace_bytes(self) -> int:
         """Bytes this layer holds on this rank, beside the communicator's symmetric heap (``layer.comm.heap.bytes``)."""
-        return self._layout.bytes
+        return self._workspace.nbytes + self._narrow_ids.nbytes
 
     def route(
         self, x: Any, router_weight: Any, *, logit_bias: Any = None, selection_bias: Any = None
@@ -209,10 +246,13 @@ class MoELayer:
         Raises:
             SpecError: wrong shape, dtype or strides. Also what :class:`MoELayer` raises when it builds a kernel.
         """
-        self._require_open()
-        if self._router is None:
-            self._router = Router(self.spec, self._target)
-        return self._router(x, router_weight, logit_bias=logit_bias, selection_bias=selection_bias, stream=self._stream)
+        with self.comm.telling():
+            with self.comm.lock:
+                self._require_open()
+                if self._router is None:
+                    self._router = Router(self.spec, self._target, self.comm)
+                router = self._router
+            return router(x, router_weight, logit_bias=logit_bias, selection_bias=selection_bias, stream=self._stream)
 
     def __call__(
         self,
@@ -229,85 +269,42 @@ class MoELayer:
 
         Args:
             x: this rank's tokens ``[T, H]``, ``T <= max_tokens``, zero included.
-            topk_ids: int32 ``[T, k]``, global expert ids; negative ids are masked routes.
+            topk_ids: int32 ``[T, k]``, global expert ids; negative ids are masked routes. int64 as a torch tensor, as
+                ``torch.topk`` gives them: narrowed into memory of the layer first.
             topk_weights: float32 ``[T, k]``.
             experts: this rank's weights.
-            out: where to write y; nothing is allocated then.
+            out: where to write y; nothing is allocated then. Must be writable: no JAX array, nothing that DLPack calls read-only.
             num_tokens: int32 ``[1]`` (or an int): only that many leading tokens count; the other rows of y stay as they are.
             stream: not for the host target.
 
         Returns:
-            y ``[T, H]``: ``out``, or a new array of the kind of ``x``. NaN when a wait passed its deadline; the next call,
-            :meth:`check` and ``comm.check()`` then raise.
+            y ``[T, H]``: ``out``, or a new array of the kind of ``x``. On a GPU, where a call returns before it has run: NaN
+            when it failed; the next call, :meth:`check` and ``comm.check()`` then raise.
 
         Raises:
-            SpecError: wrong shape, dtype, strides, id out of range, too many tokens.
-            KernelTimeoutError, CommError: an earlier call failed, or the communicator is closed.
+            SpecError: wrong shape, dtype, byte order, strides, id out of range, too many tokens, no memory, ``out`` read-only.
+            UnsupportedError: a tensor that requires gradients while grad mode is on.
+            KernelTimeoutError, CommError: this call (host) or an earlier one failed, here or on another rank; the layer or the
+                communicator is closed; several ranks, and another thread is calling.
         """
-        self._require_open()
-        packed = self._pack(x, topk_ids, topk_weights, experts, out, num_tokens)
-        chosen = self._stream if stream is None and self._stream is not None else self._target.stream(stream, x)
-        self.comm.run(
-            lambda: self._target.launch(self._kernel, packed.args, self._workers, chosen, packed.prepared)
-        )
+        with self.comm.call(self._number):
+            self._require_open()
+            packed = self._pack(x, topk_ids, topk_weights, experts, out, num_tokens)
+            chosen = self._stream if stream is None and self._stream is not None else self._target.stream(stream, x)
+            self.comm.run(self._target, chosen, lambda stop: self._launch(packed, chosen, stop))
+            if packed.lent:
+                self._target.keep(chosen, packed.views)
         return arrays.exported(packed.result, x) if out is None else out
 
-    def _pack(
-        self, x: Any, topk_ids: Any, topk_weights: Any, experts: Experts, out: Any, num_tokens: Any
-    ) -> PackedCall:
-        """Check the arguments of a call and pack them."""
-        spec, device = self.spec, self._target.device
-        tokens = arrays.checked(x, "x", (None, spec.hidden_size), spec.dtype, device=device, alignment=16)
-        count = tokens.shape[0]
-        if count > spec.max_tokens:
-            raise SpecError(f"x has {count} tokens. Must be at most max_tokens={spec.max_tokens}.")
-        ids = arrays.checked(topk_ids, "topk_ids", (count, spec.top_k), "int32", device=device)
-        weights = arrays.checked(topk_weights, "topk_weights", (count, spec.top_k), "float32", device=device)
-        if not isinstance(experts, Experts):
-            raise SpecError(f"experts is a {type(experts).__name__}. Must be a flashmoe_gen.Experts.")
-        limit, counter = _token_limit(num_tokens, count, device)
-        if device == "cpu":
-            self._check_ids(ids.numpy()[:limit])
-        result = arrays.empty_like(x, tokens.shape, spec.dtype) if out is None else out
-        y = arrays.checked(result, "out", tokens.shape, spec.dtype, device=device, alignment=16)
-        if y.read_only:
-            raise SpecError("out is read-only.")
-        args, prepared = self._args_for(experts)
-        for name, view in (("x", tokens), ("topk_ids", ids), ("topk_weights", weights), ("y", y)):
-            args[name] = view.pointer
-        args["tokens"] = limit
-        args["num_tokens"] = counter
-        args["timeout_ns"] = int(env.timeout_s() * 1e9)
-        return PackedCall(args, prepared, result, (tokens, ids, weights, y, experts))
-
-    def _args_for(self, experts: Experts) -> tuple[np.ndarray[Any, Any], tuple[Any, ...]]:
-        """A copy of the arguments that stay the same while the weights and the heap do, and what goes with them."""
-        made_for = (experts, self.comm.generation)
-        if self._prepared_for != made_for:
-            args = self._args.copy()
-            fields = experts.arguments(self.spec, self.local_experts, self._target.device) | self.comm.heap.arguments()
-            for name, value in fields.items():
-                args[name] = value
-            args["peers"][0, : self.spec.world_size] = self.comm.heap_pointers()
-            self._prepared = args.tobytes(), self._target.prepare(self._kernel, args)
-            self._prepared_for = made_for
-        image, prepared = self._prepared
-        return np.frombuffer(bytearray(image), MOE_ARGS.dtype), prepared  # copying a structured array takes NumPy far longer
+    def _launch(self, packed: PackedCall, stream: Any, stop: np.ndarray[Any, Any]) -> None:
+        if (ids := packed.wide_ids) is not None:
+            count = ids.shape[0] * ids.shape[1]
+            self._target.narrow_ids(ids.pointer, count, self._narrow_ids, self.spec.num_experts, stream)
+        self._target.launch(self._kernel, packed.args, self._workers, stream, packed.prepared, stop)
 
     def stats(self) -> LayerStats:
         """Counts since the layer was made."""
-        self._require_open()
-        state = self._state()
-        rows, blocks = int(state["rows"]), int(state["blocks"])
-        return LayerStats(
-            calls=int(state["calls"]),
-            routes=int(state["routes"]),
-            masked=int(state["masked"]),
-            dropped=int(state["dropped"]),
-            rows=rows,
-            blocks=blocks,
-            padding=blocks * self.tile.block_m - rows,
-        )
+        return LayerStats.of(self._state(), self.tile.block_m)
 
     def take_trace(self) -> np.ndarray[Any, Any]:
         """What the calls since the last time did, after waiting for those in flight.
@@ -319,22 +316,12 @@ class MoELayer:
         Raises:
             SpecError: the layer keeps no trace, or had no room for all events.
         """
-        self._require_open()
-        room, tracks = self._instrument.trace_events, self._plan.tracks
-        if not room:
-            raise SpecError("The layer keeps no trace. Make it with instrument=Instrument(trace_events=...).")
-        kept, counted = (self._layout.regions[name] for name in ("trace", "trace_counts"))
-        counts = self._workspace.read(counted.offset, counted.bytes).view(np.uint32)
-        events = self._workspace.read(kept.offset, kept.bytes).view(TRACE_EVENT.dtype).reshape(len(counts), room)
-        self._workspace.fill(counted.offset, counted.bytes, 0)
-        if counts.max() > room:
-            raise SpecError(f"trace_events={room} is not valid. These calls need {counts.max()}.")
-        held = np.arange(room) < counts[:, None]
-        trace = np.empty(int(counts.sum()), _TRACE)
-        trace["party"], trace["track"] = np.divmod(np.nonzero(held)[0], tracks)
-        for name in ("work", "what", "start", "end"):
-            trace[name] = events[name][held]
-        return trace
+        with self.comm.lock:
+            self._require_open()
+            room = self._instrument.trace_events
+            if not room:
+                raise SpecError("The layer keeps no trace. Make it with instrument=Instrument(trace_events=...).")
+            return take_trace(self._workspace, self._layout, room, self._plan.tracks)
 
     def check(self) -> None:
         """Wait for the calls in flight and raise what any of them left behind.
@@ -344,7 +331,6 @@ class MoELayer:
             SpecError: ids at or over ``num_experts`` in a call on a GPU, where they are not checked in advance; such routes
                 were left out.
         """
-        self._require_open()
         state = self._state()
         self.comm.check()
         if invalid := int(state["invalid"]) - self._reported:
@@ -356,20 +342,12 @@ class MoELayer:
             raise CommError("The layer is closed.")
 
     def _state(self) -> Any:
-        region = self._layout.regions["state"]
-        return self._workspace.read(region.offset, region.bytes).view(STATE.dtype)[0]
+        with self.comm.lock:
+            self._require_open()
+            return read_state(self._workspace, self._layout)
 
-    def _check_ids(self, ids: np.ndarray[Any, Any]) -> None:
-        experts = self.spec.num_experts
-        if ids.size and ids.max() >= experts:
-            token, route = map(int, np.argwhere(ids >= experts)[0])
-            raise SpecError(
-                f"topk_ids[{token}, {route}]={ids[token, route]} is not valid. Must be below num_experts={experts} "
-                "(negative ids are masked routes)."
-            )
-
-    def _constant_args(self) -> np.ndarray[Any, Any]:
-        """The fields that do not change from call to call."""
+    def _packer(self) -> Packer:
+        """A packer that borrows nothing yet, with the fields that do not change from call to call."""
         spec, base = self.spec, self._workspace.pointer
         args = MOE_ARGS.zeros()
         for name in self._layout.regions:
@@ -388,7 +366,7 @@ class MoELayer:
         args["world_size"] = spec.world_size
         args["combine_by_rank"] = self._combine == "rank"
         args["return_slots"] = return_slots(spec, self._combine)
-        return args
+        return Packer(spec, self._target, self._kernel, self.comm, self.local_experts, args, self._narrow_ids)
 
     def restart(self) -> None:
         """Start from clean counters: for the communicator, which has cleared the signals that they go with."""
@@ -435,18 +413,3 @@ def _resolve_comm(spec: MoESpec, communicator: comm.Communicator | None) -> comm
         raise CommError(f"comm has world_size={communicator.world_size}, but the spec says {spec.world_size}.")
     return communicator
 
-
-def _token_limit(num_tokens: Any, count: int, device: str) -> tuple[int, int]:
-    """Tokens of the call, and the address of their number when only the GPU knows it (0: it does not)."""
-    if num_tokens is None:
-        return count, 0
-    if isinstance(num_tokens, int):
-        limit = num_tokens
-    else:
-        found = arrays.checked(num_tokens, "num_tokens", (1,), "int32", device=device)
-        if device != "cpu":
-            return count, found.pointer
-        limit = int(found.numpy()[0])
-    if not 0 <= limit <= count:
-        raise SpecError(f"num_tokens={limit} is not valid. Must be between 0 and the {count} tokens of x.")
-    return limit, 0

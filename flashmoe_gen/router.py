@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from . import arrays
 from .args import ROUTER_ARGS
-from .errors import SpecError
-from .launch.target import Target
+from .comm import Communicator
+from .errors import CommError, SpecError
+from .launch.target import Target, loaded
 from .plan import plan_router
 from .render import generate
 from .spec import MoESpec
 
 
 class Router:
-    """A compiled router kernel; see :meth:`flashmoe_gen.MoELayer.route`.
+    """A compiled router kernel; see :meth:`flashmoe_gen.MoELayer.route`. Calls from several threads wait for each other.
 
     Args:
         spec: what to compute.
         target: where to run.
+        comm: whose failure ends a call.
     """
 
-    def __init__(self, spec: MoESpec, target: Target) -> None:
+    def __init__(self, spec: MoESpec, target: Target, comm: Communicator) -> None:
         self.spec = spec
-        self._target = target
-        self._plan = plan_router(target.arch)
-        compiled = generate(spec, arch=target.arch, kernel="router").compile()
-        self._kernel = target.load(compiled, threads=self._plan.threads, shared_bytes=self._plan.shared_bytes)
+        self.lock = threading.RLock()
+        self._target, self._comm = target, comm
+        self._stream: Any = None  # of the last launch
+        self._closed = False
+        plan = self._plan = plan_router(target.arch)
+        self._kernel = loaded(
+            generate(spec, arch=target.arch, kernel="router").compile,
+            lambda compiled: target.load(compiled, threads=plan.threads, shared_bytes=plan.shared_bytes),
+        )
         accumulator = 8 if spec.element.accumulator == "double" else 4
         self._logits = target.allocate(spec.max_tokens * spec.num_experts * accumulator)
         self._counters = target.allocate(4 * self._plan.counter_words(spec.max_tokens))
@@ -48,20 +56,39 @@ class Router:
         if count > spec.max_tokens:
             raise SpecError(f"x has {count} tokens. Must be at most max_tokens={spec.max_tokens}.")
         shape = (experts, spec.hidden_size)
-        weight = arrays.checked(router_weight, "router_weight", shape, spec.dtype, device=device, alignment=16)
-        args = self._args.copy()
+        views = {
+            "x": tokens,
+            "router_weight": arrays.checked(router_weight, "router_weight", shape, spec.dtype, device=device, alignment=16),
+        }
         for name, bias in (("logit_bias", logit_bias), ("selection_bias", selection_bias)):
             if bias is not None:
-                args[name] = arrays.checked(bias, name, (experts,), "float32", device=device).pointer
+                views[name] = arrays.checked(bias, name, (experts,), "float32", device=device)
         ids, weights = (arrays.empty_like(x, (count, spec.top_k), dtype) for dtype in ("int32", "float32"))
-        args["x"] = tokens.pointer
-        args["router_weight"] = weight.pointer
-        args["topk_ids"] = arrays.view(ids, "topk_ids").pointer
-        args["topk_weights"] = arrays.view(weights, "topk_weights").pointer
+        views |= {"topk_ids": arrays.view(ids, "topk_ids"), "topk_weights": arrays.view(weights, "topk_weights")}
+        args = self._args.copy()
+        for name, view in views.items():
+            args[name] = view.pointer
         args["tokens"] = count
         if count:
             wanted = self._plan.blocks(count, experts, 1 << 30) if self._plan.threads else count
             workers = self._target.router_workers(self._kernel, count, wanted)
             chosen = self._target.stream(None, x) if stream is None else stream
-            self._target.launch(self._kernel, args, workers, chosen)
+            self._launch(args, workers, chosen, tuple(views.values()))
         return arrays.exported(ids, x), arrays.exported(weights, x)
+
+    def _launch(self, args: Any, workers: int, stream: Any, views: tuple[arrays.View, ...]) -> None:
+        with self.lock, self._comm.stopping() as stop:
+            if self._closed:
+                raise CommError("The layer is closed.")
+            self._target.follow(stream, self._stream)
+            self._target.launch(self._kernel, args, workers, stream, stop=stop)
+            self._stream = stream
+            if any(view.capsule for view in views):
+                self._target.keep(stream, views)
+
+    def close(self) -> None:
+        """Give the workspace back."""
+        with self.lock:
+            self._closed = True
+            self._target.synchronize()
+            self._logits = self._counters = self._target.allocate(0)

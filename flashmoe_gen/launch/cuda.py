@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
 import importlib.util
 import logging
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +17,15 @@ from typing import Any
 import numpy as np
 
 from ..arch import ARCHS
-from ..cache import CompiledKernel
+from ..cache import Cache, CompiledKernel
 from ..errors import CommError, FlashMoEError, SpecError, UnsupportedError
-from .target import TensorBox
+from ..render import render_parts
+from .target import Memory, TensorBox, loaded
 
 logger = logging.getLogger("flashmoe_gen")
+
+_MOST_BLOCKS = 1 << 20
+_MOST_MAPS = 64  # tensor maps kept; weights that move at every call make new ones
 
 
 def device_count() -> int:
@@ -81,6 +88,14 @@ def driver_version() -> str:
     except (OSError, IndexError, StopIteration):
         kernel = "unknown"
     return f"{kernel} (CUDA {cuda // 1000}.{cuda % 1000 // 10})"
+
+
+def build_program(name: str, arch: str) -> CompiledKernel:
+    """Compile one of the small programs beside the kernels: ``"narrow_ids"`` (cached)."""
+    text = render_parts([f"sm80/{name}.cu"], {})
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    command = f"flashmoe-gen compile --arch {arch} --kernel moe"
+    return Cache().build(text, name=f"flashmoe_{name}", arch=arch, digest=digest, metadata={"command": command})
 
 
 class CudaMemory:
@@ -148,18 +163,24 @@ class CudaTarget:
     """
 
     name = "cuda"
+    synchronous = False
     system_workers = 1  # the block of scheduler and subscriber
 
     def __init__(self, max_blocks: int | None = None) -> None:
         require_device()
         import cupy
 
-        if max_blocks is not None and max_blocks < 2:
-            raise SpecError(f"max_blocks={max_blocks} is not valid. Must be at least 2: one block is the operating system.")
+        if max_blocks is not None and not (isinstance(max_blocks, (int, np.integer)) and 2 <= max_blocks <= _MOST_BLOCKS):
+            raise SpecError(
+                f"max_blocks={max_blocks} is not valid. Must be at least 2: one block is the operating system; "
+                f"and at most {_MOST_BLOCKS}."
+            )
         device = cupy.cuda.Device()
         self.max_blocks = max_blocks
         self.device = f"cuda:{device.id}"
         self._maps: dict[Any, np.ndarray[Any, Any]] = {}
+        self._kept: deque[tuple[Any, tuple[Any, ...]]] = deque()  # events, and what must live until they are past
+        self._captured: list[tuple[Any, ...]] = []
         self.multiprocessors = int(device.attributes["MultiProcessorCount"])
         self.arch = _arch_of(device.compute_capability)
 
@@ -173,9 +194,7 @@ class CudaTarget:
         cooperative: bool = False,
         cluster: int = 1,
     ) -> CudaKernel:
-        import cupy
-
-        function = cupy.RawModule(path=str(compiled.path)).get_function(compiled.name)
+        function = self._function(compiled)
         if shared_bytes:
             function.max_dynamic_shared_size_bytes = shared_bytes
         resident = self._resident(function.kernel.ptr, threads, shared_bytes, cluster)
@@ -187,6 +206,14 @@ class CudaTarget:
         return CudaKernel(
             compiled, function.kernel, threads, shared_bytes, resident, cluster, tuple(boxes), cooperative
         )
+
+    def _function(self, compiled: CompiledKernel) -> Any:
+        import cupy
+
+        try:
+            return cupy.RawModule(path=str(compiled.path)).get_function(compiled.name)
+        except cupy.cuda.driver.CUDADriverError as error:
+            raise FlashMoEError(f"The kernel {compiled.path} cannot be loaded on {self.device}: {error}") from error
 
     def _resident(self, function: int, threads: int, shared_bytes: int, cluster: int) -> int:
         """Blocks of a kernel that the whole GPU runs at the same time."""
@@ -209,6 +236,9 @@ class CudaTarget:
         if status != driver.CUresult.CUDA_SUCCESS:
             raise FlashMoEError(f"The clusters that fit {self.device} cannot be counted: {status.name}.")
         return int(clusters) * cluster
+
+    def load_helpers(self) -> None:
+        _ = self._narrow
 
     def processors(self, kernel: Any, world_size: int) -> int:
         # Every block must be resident: they wait for each other. Ranks of this process share the GPU.
@@ -239,12 +269,8 @@ class CudaTarget:
         return memory
 
     def record(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        import cupy
-
-        pinned = cupy.cuda.alloc_pinned_memory(array.nbytes)
-        made = np.frombuffer(pinned, array.dtype, array.size)
-        made[:] = 0
-        return made
+        _interrupter(self.device)  # made before any kernel runs, which its allocation may wait for
+        return _pinned(array)
 
     def stream(self, given: Any, array: Any) -> Any:
         import cupy
@@ -259,9 +285,62 @@ class CudaTarget:
         return tuple(self._tensor_map(box, args[0]) for box in kernel.boxes)
 
     def launch(
-        self, kernel: Any, args: np.ndarray[Any, Any], workers: int, stream: Any, prepared: tuple[Any, ...] = ()
+        self,
+        kernel: Any,
+        args: np.ndarray[Any, Any],
+        workers: int,
+        stream: Any,
+        prepared: tuple[Any, ...] = (),
+        stop: np.ndarray[Any, Any] | None = None,
     ) -> None:
         kernel.function((workers,), (kernel.threads,), (args[0], *prepared), kernel.shared_bytes, stream, kernel.cooperative)
+
+    def interrupt(self, aborted: Sequence[int]) -> None:
+        """A copy engine writes while the kernels have all multiprocessors; nothing is allocated, which might wait for them."""
+        import cupy
+
+        source, stream = _interrupter(self.device)
+        for address in aborted:
+            cupy.cuda.runtime.memcpyAsync(address, source.ctypes.data, 4, cupy.cuda.runtime.memcpyHostToDevice, stream.ptr)
+
+    def narrow_ids(self, pointer: int, count: int, to: Memory, experts: int, stream: Any) -> None:
+        blocks = min(self.multiprocessors, -(-count // 256))
+        arguments = (np.uint64(pointer), np.uint64(to.pointer), np.int64(count), np.int32(experts))
+        if count:
+            self._narrow.kernel((blocks,), (256,), arguments, 0, stream)
+
+    @functools.cached_property
+    def _narrow(self) -> Any:
+        return loaded(lambda: build_program("narrow_ids", self.arch), self._function)
+
+    def follow(self, stream: Any, before: Any) -> None:
+        import cupy
+
+        if before is None or before.ptr == stream.ptr or _is_capturing(stream) or _is_capturing(before):
+            return
+        try:
+            event = cupy.cuda.Event(disable_timing=True)
+            event.record(before)
+            stream.wait_event(event)
+        except cupy.cuda.runtime.CUDARuntimeError:  # its owner has destroyed it
+            cupy.cuda.runtime.deviceSynchronize()
+
+    def keep(self, stream: Any, owners: tuple[Any, ...]) -> None:
+        import cupy
+
+        if _is_capturing(stream):
+            self._captured.append(owners)
+            return
+        while self._kept and self._kept[0][0].done:
+            self._kept.popleft()
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record(stream)
+        self._kept.append((event, owners))
+
+    def forget(self) -> None:
+        self._kept.clear()
+        self._captured.clear()
+        self._maps.clear()
 
     def _tensor_map(self, box: TensorBox, args: Any) -> np.ndarray[Any, Any]:
         """The 128-byte tensor map of a box, encoded once per address."""
@@ -272,6 +351,8 @@ class CudaTarget:
         pointer, count = int(args[box.name]) or int(args["ring"]), max(1, int(args[box.count]))
         key = box, pointer, count, *strides
         if key not in self._maps:
+            if len(self._maps) >= _MOST_MAPS:
+                self._maps.clear()
             self._maps[key] = _encode_tensor_map(box, pointer, count, *strides)
         return self._maps[key]
 
@@ -279,6 +360,35 @@ class CudaTarget:
         import cupy
 
         cupy.cuda.runtime.deviceSynchronize()
+
+
+def _pinned(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A zeroed array like ``array`` in page-locked memory."""
+    import cupy
+
+    pinned = cupy.cuda.alloc_pinned_memory(array.nbytes)
+    made = np.frombuffer(pinned, array.dtype, array.size)
+    made[:] = 0
+    return made
+
+
+@functools.lru_cache
+def _interrupter(device: str) -> tuple[np.ndarray[Any, Any], Any]:
+    """A word that is not 0 in page-locked memory, and a stream of no call."""
+    import cupy
+
+    source = _pinned(np.zeros(1, np.uint32))
+    source[0] = 1
+    return source, cupy.cuda.Stream(non_blocking=True)
+
+
+def _is_capturing(stream: Any) -> bool:
+    import cupy
+
+    try:
+        return bool(cupy.cuda.runtime.streamIsCapturing(stream.ptr))
+    except cupy.cuda.runtime.CUDARuntimeError:  # the legacy stream says so while another one captures
+        return True
 
 
 def _encode_tensor_map(

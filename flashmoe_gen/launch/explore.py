@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import SpecError
-from .host import HostKernel, build_program, load_library
+from .host import HostKernel, load_program
 from .target import Memory
 
 
 @functools.lru_cache(maxsize=1)
 def _explorer() -> ctypes.CDLL:
-    library = load_library(build_program("explorer").path)
+    library = load_program("explorer")
     library.flashmoe_explore.argtypes = [
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
     ]  # fmt: skip

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,10 @@ import numpy as np
 from ..cache import Cache, CompiledKernel
 from ..errors import CommError, CompileError, FlashMoEError, SpecError
 from ..render import render_parts
-from .target import TensorBox
+from .target import Memory, TensorBox, loaded
 
 _ALIGN = 256
+_WAIT_MS = 50  # between two looks at whether somebody pressed Ctrl-C
 
 
 def build_program(name: str) -> CompiledKernel:
@@ -40,14 +42,34 @@ def load_library(path: os.PathLike[str]) -> ctypes.CDLL:
         raise CompileError(f"The host kernel {path} cannot be loaded: {error}") from error
 
 
+def load_program(name: str) -> ctypes.CDLL:
+    """Build one of the host programs and load it."""
+    return loaded(lambda: build_program(name), lambda compiled: load_library(compiled.path))
+
+
 @functools.lru_cache(maxsize=1)
 def _launcher() -> ctypes.CDLL:
-    library = load_library(build_program("launcher").path)
-    library.flashmoe_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32]
-    library.flashmoe_run.restype = ctypes.c_int
-    library.flashmoe_lose_word.argtypes = [ctypes.c_void_p]
-    library.flashmoe_lose_word.restype = None
+    library = load_program("launcher")
+    pointer, number = ctypes.c_void_p, ctypes.c_uint32
+    for name, result, *arguments in (
+        ("flashmoe_new_run", pointer),
+        ("flashmoe_start", ctypes.c_int, pointer, pointer, pointer, number, pointer),
+        ("flashmoe_wait", ctypes.c_int, pointer, number),
+        ("flashmoe_end_run", None, pointer),
+        ("flashmoe_lose_word", None, pointer),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library
+
+
+def _finish(run: int) -> None:
+    """Wait until no thread of a launch is left, whatever signals come meanwhile: they use memory that is about to go."""
+    while True:
+        with suppress(KeyboardInterrupt):
+            while not _launcher().flashmoe_wait(run, _WAIT_MS):
+                pass
+            return
 
 
 class HostMemory:
@@ -101,6 +123,7 @@ class HostTarget:
     name = "host"
     arch = "host"
     device = "cpu"
+    synchronous = True
     system_workers = 2  # the scheduler and the subscriber
 
     def load(
@@ -114,6 +137,9 @@ class HostTarget:
         cluster: int = 1,
     ) -> HostKernel:
         return HostKernel.load(compiled)
+
+    def load_helpers(self) -> None:
+        _launcher()
 
     def processors(self, kernel: Any, world_size: int) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -145,15 +171,53 @@ class HostTarget:
         return ()
 
     def launch(
-        self, kernel: Any, args: np.ndarray[Any, Any], workers: int, stream: Any, prepared: tuple[Any, ...] = ()
+        self,
+        kernel: Any,
+        args: np.ndarray[Any, Any],
+        workers: int,
+        stream: Any,
+        prepared: tuple[Any, ...] = (),
+        stop: np.ndarray[Any, Any] | None = None,
     ) -> None:
-        """Run the kernel to its end.
+        """Run the kernel to its end, or until ``stop[0]`` is set; an interrupt (Ctrl-C) sets it.
 
         Raises:
             FlashMoEError: the system refused to start that many threads; nothing ran.
         """
-        if _launcher().flashmoe_run(kernel.entry, args.ctypes.data, workers) != 0:
-            raise FlashMoEError(f"{kernel.compiled.name} needs {workers} threads; the system refused to start them.")
+        stop = np.zeros(1, np.uint32) if stop is None else stop
+        launcher = _launcher()
+        run = launcher.flashmoe_new_run()
+        if not run:
+            raise FlashMoEError(f"{kernel.compiled.name} cannot be started: this machine has no memory left.")
+        ended = False
+        try:
+            if launcher.flashmoe_start(run, kernel.entry, args.ctypes.data, workers, stop.ctypes.data) != 0:
+                ended = True
+                raise FlashMoEError(f"{kernel.compiled.name} needs {workers} threads; the system refused to start them.")
+            while not ended:  # between two waits Python runs its signal handlers
+                ended = launcher.flashmoe_wait(run, _WAIT_MS)
+        finally:
+            if not ended:
+                stop[0] = 1
+            _finish(run)
+            launcher.flashmoe_end_run(run)
+
+    def interrupt(self, aborted: Sequence[int]) -> None:
+        pass  # stop= is what ends a launch here
+
+    def narrow_ids(self, pointer: int, count: int, to: Memory, experts: int, stream: Any) -> None:
+        wide = np.ctypeslib.as_array((ctypes.c_int64 * count).from_address(pointer))
+        narrow = np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(to.pointer))
+        np.clip(wide, -1, experts, out=narrow, casting="unsafe")
+
+    def follow(self, stream: Any, before: Any) -> None:
+        pass  # a launch has ended when it returns
+
+    def keep(self, stream: Any, owners: tuple[Any, ...]) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
 
     def synchronize(self) -> None:
         pass

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from ..cache import CompiledKernel
+from ..errors import CacheError, FlashMoEError
+
+T = TypeVar("T")
+_TRIES = 5  # of building what another process removes again before it is loaded
+
+
+def loaded(build: Callable[[], CompiledKernel], load: Callable[[CompiledKernel], T]) -> T:
+    """Build and load; once more when somebody has cleared the cache between the two.
+
+    Raises:
+        CacheError: it was cleared again and again.
+    """
+    for _ in range(_TRIES):
+        compiled = build()
+        try:
+            return load(compiled)
+        except FlashMoEError:
+            if os.path.lexists(compiled.path):
+                raise
+    raise CacheError(f"{compiled.path} was removed {_TRIES} times before it could be loaded: another process clears the cache.")
 
 
 @dataclass(frozen=True)
@@ -68,12 +89,14 @@ class Target(Protocol):
         name: ``"host"`` or ``"cuda"``.
         arch: what kernels are generated for.
         device: where arrays must be: ``"cpu"`` or ``"cuda:N"``.
+        synchronous: whether a launch has ended when it returns.
         system_workers: workers of a MoE launch that run its operating system alone.
     """
 
     name: str
     arch: str
     device: str
+    synchronous: bool
     system_workers: int
 
     def load(
@@ -91,6 +114,9 @@ class Target(Protocol):
         ``boxes`` are the tensor maps it takes after its argument struct; ``cooperative``: its blocks wait for each other;
         ``cluster``: blocks of a processor.
         """
+
+    def load_helpers(self) -> None:
+        """Build and load the small programs beside the kernels, so that no call has to."""
 
     def processors(self, kernel: Kernel, world_size: int) -> int:
         """Processors for one of ``world_size`` ranks of this process: threads (host), clusters of blocks (GPU)."""
@@ -117,9 +143,30 @@ class Target(Protocol):
         """What a launch passes after the argument struct: the same as long as the addresses in it are."""
 
     def launch(
-        self, kernel: Kernel, args: np.ndarray[Any, Any], workers: int, stream: Any, prepared: tuple[Any, ...] = ()
+        self,
+        kernel: Kernel,
+        args: np.ndarray[Any, Any],
+        workers: int,
+        stream: Any,
+        prepared: tuple[Any, ...] = (),
+        stop: np.ndarray[Any, Any] | None = None,
     ) -> None:
-        """Launch with one packed argument struct."""
+        """Launch with one packed argument struct. A synchronous target ends the launch early when ``stop[0]`` is set."""
+
+    def interrupt(self, aborted: Sequence[int]) -> None:
+        """Set the words at these addresses, in memory of the target, while kernels that look at them run."""
+
+    def narrow_ids(self, pointer: int, count: int, to: Memory, experts: int, stream: Any) -> None:
+        """Copy int64 ids as int32, in the order of ``stream``: negative ones become -1, those of no expert ``experts``."""
+
+    def follow(self, stream: Any, before: Any) -> None:
+        """Let ``stream`` wait for what ``before`` (a stream, or ``None``) has been given so far."""
+
+    def keep(self, stream: Any, owners: tuple[Any, ...]) -> None:
+        """Keep objects alive until what ``stream`` has been given so far is done; in a captured graph, until :meth:`forget`."""
+
+    def forget(self) -> None:
+        """Let go of everything that :meth:`keep` and :meth:`prepare` hold; nothing may run any more."""
 
     def synchronize(self) -> None:
         """Wait until nothing launched before still runs."""

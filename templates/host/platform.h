@@ -77,6 +77,7 @@ DEVICE void remote_copy(Group&, T* to, const T* from, int count) {
 }
 
 DEVICE void backoff(u32) { runtime->yield(); }
+DEVICE bool stopped() { return runtime->stop != nullptr && load_relaxed(runtime->stop) != 0; }
 DEVICE u64 now_ns() { return runtime->now_ns(); }
 DEVICE u32 trace_track() { return 0; }
 DEVICE int popcount(u32 bits) { return __builtin_popcount(bits); }
@@ -105,6 +106,5 @@ struct Group {
 using Acc = ${spec.element.accumulator};
 DEVICE Acc exp_of(Acc z) { return std::exp(z); }
 DEVICE Acc divide_of(Acc a, Acc b) { return a / b; }
-DEVICE Acc erf_of(Acc z) { return std::erf(z); }
-DEVICE Acc tanh_of(Acc z) { return std::tanh(z); }
 DEVICE Acc fma_of(Acc a, Acc b, Acc c) { return std::fma(a, b, c); }
+DEVICE Acc normal_cdf(Acc z) { return Acc(0.5) * std::erfc(z * Acc(-0.70710678118654752440)); }  // no cancellation

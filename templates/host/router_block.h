@@ -38,7 +38,7 @@ extern "C" void ${name}(
   if (begin >= end) return;
   SelectGroup group;
   LogitScratch scratch;
-  for (int first = begin; first < end; first += kBlockTokens) {
+  for (int first = begin; first < end && !stopped(); first += kBlockTokens) {
     const int count = first + kBlockTokens < end ? kBlockTokens : end - first;
     make_logits(args, first, count, scratch);
     for (int token = first; token < first + count; ++token)

@@ -75,9 +75,9 @@ DEVICE bool gemm2_tile(const Call& call, const Task& task, TileScratch& scratch)
     pair_products(scratch.rows.data(), rows, columns, kPadded, scratch.sums.data());
     for (int r = 0; r < rows; ++r) {
       for (int c = 0; c < 2; ++c) {
-        Acc value = scratch.sums[r * 2 + c];
-        if constexpr (kBias)
-          value += to_acc(args.down_bias[expert * args.down_bias_expert_stride + (n + c) * args.down_bias_stride]);
+        Acc bias = 0;
+        if constexpr (kBias) bias = to_acc(args.down_bias[expert * args.down_bias_expert_stride + (n + c) * args.down_bias_stride]);
+        const Acc value = row_element(scratch.sums[r * 2 + c], bias, Acc(scratch.refs[r].entry.weight));
         remote_store(output_row(call, scratch.refs[r]) + n + c, from_acc(value));
       }
     }

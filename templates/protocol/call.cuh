@@ -81,7 +81,7 @@ DEVICE Call begin_call(const MoEArgs& args, u32 party, u32 parties, Role role) {
               args.counter_sets + u64(turn ^ 1) * args.set_words};
 }
 
-DEVICE bool aborted(const Call& call) { return load_relaxed(&call.control()->aborted) != 0; }
+DEVICE bool aborted(const Call& call) { return load_relaxed(&call.control()->aborted) != 0 || stopped(); }
 
 // The first waiter that gives up writes the record; everyone else of this rank sees `aborted` and leaves.
 DEVICE void abort_call(const Call& call, Await what, u32 detail, u64 expected, u64 seen) {

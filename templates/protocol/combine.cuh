@@ -60,7 +60,7 @@ DEVICE WeightedRows staged_rows(const Call& call, int source, int token) {
 #pragma unroll
   for (int j = 0; j < kTopK; ++j) rows.row[j] = call.ordinals(args.rank, source)[u64(token) * kTopK + j];
 #pragma unroll
-  for (int j = 0; j < kTopK; ++j) rows.weight[j] = kWeightOnInput || rows.row[j] < 0 ? Acc(1) : Acc(list[rows.row[j]].weight);
+  for (int j = 0; j < kTopK; ++j) rows.weight[j] = !kWeightOnSum || rows.row[j] < 0 ? Acc(1) : Acc(list[rows.row[j]].weight);
   return rows;
 }
 
@@ -111,7 +111,7 @@ DEVICE void return_rows(Group& group, const Call& call, const ReadyBlock& block,
 // What comes back for a token: a row per live route, or per owner when the owners have summed.
 DEVICE WeightedRows returned_rows(const Call& call, int token) {
   const MoEArgs& args = call.args;
-  const bool weighted = !kWeightOnInput && !args.combine_by_rank;
+  const bool weighted = kWeightOnSum && !args.combine_by_rank;
   WeightedRows rows;
   rows.matrix = call.return_row(args.rank, token, 0);
   u32 seen = 0;
@@ -162,7 +162,7 @@ DEVICE void combine(Group& group, const Call& call, int groups) {
     if (group.lane == 0) piece = fetch_add_relaxed(&call.counters().combine_ticket, 1u);
     piece = group.broadcast(piece, 0);
     const int token = int(piece / u32(pieces)), first = int(piece % u32(pieces)) * columns;
-    if (token >= call.tokens) return;
+    if (token >= call.tokens || stopped()) return;
     const WeightedRows rows = returned_rows(call, token);
     if (!wait_returns(group, call, token)) return;
     combine_columns(group, call, token, rows, first, first + columns < kHidden ? first + columns : kHidden);

@@ -50,7 +50,7 @@ DEVICE bool dispatch(Group& group, const Call& call, int planners) {
     u32 chunk = 0;
     if (group.lane == 0) chunk = fetch_add_relaxed(&call.counters().dispatch_ticket, 1u);
     chunk = group.broadcast(chunk, 0);
-    if (chunk >= u32(chunks)) return true;
+    if (chunk >= u32(chunks) || stopped()) return true;
     dispatch_chunk(group, call, int(chunk));
   }
 }

@@ -11,7 +11,10 @@
 #include "runtime.h"
 
 extern "C" void KERNEL(const void*, u32, u32, const HostRuntime*);
-extern "C" int flashmoe_run(Kernel kernel, const void* args, u32 threads);
+class Run;
+extern "C" Run* flashmoe_new_run();
+extern "C" int flashmoe_start(Run*, Kernel kernel, const void* args, u32 threads, const u32* stop);
+extern "C" void flashmoe_end_run(Run*);
 
 template <class T>
 static T take(std::istream& in) {
@@ -46,7 +49,9 @@ int main(int, char** argv) {
       started.emplace_back([&, rank] {
         for (u32 call = 0; call < calls; ++call) {
           std::this_thread::sleep_for(std::chrono::microseconds((rank * 7 + call * 13 + repeat * 5) % 11 * 100));
-          flashmoe_run(KERNEL, args[rank * calls + call].data(), threads);
+          Run* const run = flashmoe_new_run();
+          flashmoe_start(run, KERNEL, args[rank * calls + call].data(), threads, nullptr);
+          flashmoe_end_run(run);
         }
       });
     for (std::thread& thread : started) thread.join();

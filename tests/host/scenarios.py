@@ -59,8 +59,9 @@ class Scenario:
             self.worlds.append((world, Problem(spec, seed)))
             if ring_slots is not None:
                 for layer in world.layers:
-                    layer._args["ring_slots"] = min(ring_slots, int(layer._args["ring_slots"][0]))
-                    layer._args["max_group"] = min(int(layer._args["max_group"][0]), max(1, ring_slots // 2))
+                    args = layer._pack.constant
+                    args["ring_slots"] = min(ring_slots, int(args["ring_slots"][0]))
+                    args["max_group"] = min(int(args["max_group"][0]), max(1, ring_slots // 2))
         self.calls = [
             [self._call(rank, n, count, seed) for n, count in enumerate(per_rank)] for rank, per_rank in enumerate(counts)
         ]

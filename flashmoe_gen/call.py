@@ -1,0 +1,142 @@
+"""From the arguments of a call to the struct that a kernel takes: checked, packed, and kept while it is used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import arrays, env
+from .args import MOE_ARGS
+from .comm import Communicator
+from .errors import SpecError
+from .experts import BoundExperts, Experts
+from .launch.target import Kernel, Memory, Target
+from .spec import MoESpec
+
+Args = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class PackedCall:
+    """The arguments of one call.
+
+    Attributes:
+        args: a ``MoEArgs``.
+        prepared: what the launch passes beside it.
+        result: the array it writes.
+        views: all arrays of the call: their addresses in ``args`` are good as long as these live.
+        wide_ids: int64 ids that must be narrowed first, or ``None``.
+    """
+
+    args: Args
+    prepared: tuple[Any, ...]
+    result: Any
+    views: tuple[arrays.View, ...]
+    wide_ids: arrays.View | None
+
+    @property
+    def lent(self) -> bool:
+        """Whether some memory is there only as long as its view."""
+        return any(view.capsule for view in self.views)
+
+
+class Packer:
+    """Packs the calls of one layer.
+
+    Args:
+        spec: the layer.
+        target, kernel: where it runs.
+        comm: whose heap it uses.
+        local_experts: experts of this rank.
+        constant: the fields that do not change from call to call.
+        narrow_ids: room for the ids of a call as int32.
+    """
+
+    def __init__(
+        self,
+        spec: MoESpec,
+        target: Target,
+        kernel: Kernel,
+        comm: Communicator,
+        local_experts: int,
+        constant: Args,
+        narrow_ids: Memory,
+    ) -> None:
+        self.spec = spec
+        self.constant = constant
+        self._narrow_ids = narrow_ids
+        self._target, self._kernel, self._comm = target, kernel, comm
+        self._local_experts = local_experts
+        self._bound: BoundExperts | None = None
+        self._generation = 0
+        self._prepared: tuple[bytes, tuple[Any, ...]] = (b"", ())  # for these weights in this generation of the heap
+
+    def __call__(
+        self, x: Any, topk_ids: Any, topk_weights: Any, experts: Experts, out: Any, num_tokens: Any
+    ) -> PackedCall:
+        """Check and pack; arguments and errors as :meth:`flashmoe_gen.MoELayer.__call__`."""
+        spec, device = self.spec, self._target.device
+        tokens = arrays.checked(x, "x", (None, spec.hidden_size), spec.dtype, device=device, alignment=16)
+        count = tokens.shape[0]
+        if count > spec.max_tokens:
+            raise SpecError(f"x has {count} tokens. Must be at most max_tokens={spec.max_tokens}.")
+        wide = arrays.is_torch_int64(topk_ids)
+        ids = arrays.checked(topk_ids, "topk_ids", (count, spec.top_k), "int64" if wide else "int32", device=device)
+        weights = arrays.checked(topk_weights, "topk_weights", (count, spec.top_k), "float32", device=device)
+        if not isinstance(experts, Experts):
+            raise SpecError(f"experts is a {type(experts).__name__}. Must be a flashmoe_gen.Experts.")
+        limit, counter = _token_limit(num_tokens, count, device)
+        if device == "cpu":
+            _check_ids(ids.numpy()[:limit], spec.num_experts)
+        result = arrays.empty_like(x, tokens.shape, spec.dtype) if out is None else out
+        y = arrays.writable(result, "out", tokens.shape, spec.dtype, device=device, alignment=16)
+        bound = experts.bind(spec, self._local_experts, device)
+        args, prepared = self._args_for(bound)
+        for name, view in (("x", tokens), ("topk_ids", ids), ("topk_weights", weights), ("y", y)):
+            args[name] = view.pointer
+        if wide:
+            args["topk_ids"] = self._narrow_ids.pointer
+        args["tokens"] = limit
+        args["num_tokens"] = counter.pointer if counter is not None else 0
+        args["timeout_ns"] = int(env.timeout_s() * 1e9)
+        views = (tokens, ids, weights, y, *((counter,) if counter is not None else ()), *bound.views)
+        return PackedCall(args, prepared, result, views, ids if wide else None)
+
+    def _args_for(self, bound: BoundExperts) -> tuple[Args, tuple[Any, ...]]:
+        """A copy of the arguments that stay the same while the weights and the heap do, and what goes with them."""
+        if self._bound is not bound or self._generation != self._comm.generation:
+            args = self.constant.copy()
+            for name, value in (bound.fields | self._comm.heap.arguments()).items():
+                args[name] = value
+            args["peers"][0, : self.spec.world_size] = self._comm.heap_pointers()
+            self._prepared = args.tobytes(), self._target.prepare(self._kernel, args)
+            self._bound, self._generation = bound, self._comm.generation
+        image, prepared = self._prepared
+        return np.frombuffer(bytearray(image), MOE_ARGS.dtype), prepared  # copying a structured array takes NumPy far longer
+
+
+def _check_ids(ids: np.ndarray[Any, Any], experts: int) -> None:
+    if ids.size and ids.max() >= experts:
+        token, route = map(int, np.argwhere(ids >= experts)[0])
+        raise SpecError(
+            f"topk_ids[{token}, {route}]={ids[token, route]} is not valid. Must be below num_experts={experts} "
+            "(negative ids are masked routes)."
+        )
+
+
+def _token_limit(num_tokens: Any, count: int, device: str) -> tuple[int, arrays.View | None]:
+    """Tokens of the call, and where their number is when only the GPU knows it."""
+    if num_tokens is None:
+        return count, None
+    if isinstance(num_tokens, (int, np.integer)):
+        limit = int(num_tokens)
+    else:
+        found = arrays.checked(num_tokens, "num_tokens", (1,), "int32", device=device)
+        if device != "cpu":
+            return count, found
+        limit = int(found.numpy()[0])
+    if not 0 <= limit <= count:
+        raise SpecError(f"num_tokens={limit} is not valid. Must be between 0 and the {count} tokens of x.")
+    return limit, None
