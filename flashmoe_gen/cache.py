@@ -3,6 +3,7 @@
 An entry is the folder ``<arch>/<name>-<key>/`` with the source, the image, ``metadata.json`` and ``build.log``. It is
 written beside its place and renamed into it, so that it is there in full or not at all; nothing in it is rewritten. A
 lock per entry lets one process build while others wait; it only saves work: without it the rename still decides.
+Others may clear the cache at any moment. Nothing is read that others than trusted users could have written (trust.py).
 """
 
 from __future__ import annotations
@@ -22,10 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
-
-from . import env
-from .arch import ARCHS
+from . import env, locks, trust
+from .arch import ARCHS, get_arch
 from .compile import Image, compile_text, compiler_identity, file_stem, runs_here
 from .errors import CacheError, CompileError
 
@@ -35,7 +34,8 @@ _FORMAT = 1  # of an entry; another number makes other keys, so old entries are 
 _LOCK_S = 900.0  # longest wait for another builder, in seconds
 _STALE_S = 600.0  # age at which an unfinished folder is taken for a dead builder's: writing one takes milliseconds
 _ENTRY_NAME = re.compile(r"[A-Za-z0-9_.-]+-[0-9a-f]{16}")
-_LEFTOVERS = (".building-*", ".broken-*")
+_LEFTOVERS = (".building-", ".broken-")
+_ATTEMPTS = 10  # to put an entry into its place while others clear or replace
 _OCCUPIED = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 
 
@@ -120,12 +120,13 @@ class Cache:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.path = Path(root or env.cache_dir()).expanduser().absolute()
+        self.path = (env.expand("root", root) if root else env.cache_dir()).absolute()
 
     def build(self, text: str, *, name: str, arch: str, digest: str, metadata: dict[str, Any]) -> CompiledKernel:
         """Return the compiled kernel of a text, compiling it if no intact entry exists.
 
-        A machine without a compiler takes an image of the same text that another compiler made, if it can run it.
+        Without a compiler on this machine, and with ``FLASHMOE_NO_JIT=1``, an image of the same text that any compiler
+        made is taken, if this machine can run it. Another process may remove the entry at any moment.
 
         Args:
             text: the self-contained source.
@@ -137,25 +138,33 @@ class Cache:
         Raises:
             UnsupportedError: the architecture is unknown to the package or to the compiler.
             CompileError: the compiler is missing or refused the text.
-            CacheError: the folder cannot be written, or the entry is missing while ``FLASHMOE_NO_JIT=1``.
+            CacheError: the folder cannot be written; others than ``FLASHMOE_CACHE_TRUST`` says could have written what
+                lies in it; or the entry is missing while ``FLASHMOE_NO_JIT=1``.
         """
-        folder = self.path / arch
+        folder = self.path / get_arch(arch).name
         text_hash = hashlib.sha256(text.encode()).hexdigest()
+        if env.no_jit():
+            if kernel := self._any_compilers(folder, file_stem(name), text_hash):
+                return kernel
+            raise CacheError(
+                f"{name} for {arch} is not in the kernel cache {self.path} (or is damaged there), and "
+                "FLASHMOE_NO_JIT=1 forbids compiling it here. "
+                f"Build it with: {metadata.get('command', 'flashmoe-gen compile')}"
+            )
         try:
             compiler = compiler_identity(arch)
         except CompileError:
-            if kernel := _made_elsewhere(folder, file_stem(name), text_hash):
+            if kernel := self._any_compilers(folder, file_stem(name), text_hash):
                 return kernel
-            self._refuse_if_no_jit(name, arch, metadata)
             raise
         key = hashlib.sha256("\n".join([str(_FORMAT), text_hash, digest, arch, compiler]).encode()).hexdigest()
         entry = folder / f"{file_stem(name)}-{key[:16]}"
         with suppress(_DamagedError):
-            return _read(entry, key)
-        self._refuse_if_no_jit(name, arch, metadata)
-        with self._lock(key, name):
+            return self._read(entry, key)
+        self._make(folder)
+        with locks.held(self.path / "locks" / f"{key[:16]}.lock", wait_s=_LOCK_S, what=name):
             try:
-                return _read(entry, key)  # built while this process waited
+                return self._read(entry, key)  # built while this process waited
             except _DamagedError as damage:
                 if os.path.lexists(entry):
                     logger.warning("the cache entry %s is damaged and will be built again: %s", entry, damage)
@@ -168,7 +177,10 @@ class Cache:
         return _kernel(entry, record, image.log, from_cache=False)
 
     def entries(self) -> list[Entry]:
-        """List the readable entries by architecture and name; images are not checked."""
+        """List the readable entries by architecture and name; images are not checked.
+
+        Raises :class:`CacheError` when the folder cannot be read.
+        """
         found = []
         for folder in self._folders():
             with suppress(_DamagedError):
@@ -176,32 +188,54 @@ class Cache:
         return found
 
     def clear(self) -> int:
-        """Remove all entries, leftovers and refused sources; return the number of entries removed.
+        """Remove all entries, leftovers and refused sources; return the number of entries that this call removed.
 
-        Kernels that are loaded keep working. Raises :class:`CacheError` when the folder cannot be written.
+        Kernels that are loaded keep working. Others may build or clear at the same time. Raises :class:`CacheError`
+        when something cannot be removed, after removing the rest.
         """
+        removed, failure = 0, None
+        for folder in self._folders():
+            try:
+                removed += _discard(folder)
+            except OSError as error:
+                failure = failure or error
+        for arch in ARCHS:
+            self._sweep(self.path / arch)
+        for source in self._children(self.path / "failed"):
+            if source.suffix in (".cu", ".cpp"):
+                try:
+                    source.unlink(missing_ok=True)
+                except OSError as error:
+                    failure = failure or error
         with self._writing():
-            folders = self._folders()
-            for folder in folders:
-                _discard(folder)
-            for arch in ARCHS:
-                self._sweep(self.path / arch)
-            for source in (*self.path.glob("failed/*.cu"), *self.path.glob("failed/*.cpp")):
-                source.unlink(missing_ok=True)
-        return len(folders)
+            if failure:
+                raise failure
+        return removed
 
     def _folders(self) -> list[Path]:
         """All entries, damaged ones too; nothing else, whatever folder the user took for a cache."""
-        found = (folder for arch in sorted(ARCHS) for folder in sorted((self.path / arch).glob("*")))
-        return [folder for folder in found if folder.is_dir() and _ENTRY_NAME.fullmatch(folder.name)]
+        found = (folder for arch in sorted(ARCHS) for folder in self._children(self.path / arch))
+        return [folder for folder in found if _ENTRY_NAME.fullmatch(folder.name) and folder.is_dir()]
 
-    def _refuse_if_no_jit(self, name: str, arch: str, metadata: dict[str, Any]) -> None:
-        if env.no_jit():
+    def _children(self, folder: Path) -> list[Path]:
+        try:
+            return [folder / name for name in sorted(os.listdir(folder))]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
             raise CacheError(
-                f"{name} for {arch} is not in the kernel cache {self.path} (or is damaged there), and "
-                "FLASHMOE_NO_JIT=1 forbids compiling it here. "
-                f"Build it with: {metadata.get('command', 'flashmoe-gen compile')}"
-            )
+                f"The kernel cache {self.path} cannot be read: {error}. Set FLASHMOE_CACHE_DIR."
+            ) from error
+
+    def _any_compilers(self, folder: Path, stem: str, text_hash: str) -> CompiledKernel | None:
+        """An intact image of the text that this machine can run, whatever compiler made it."""
+        for entry in self._children(folder):
+            if entry.name.startswith(f"{stem}-"):
+                with suppress(_DamagedError):
+                    record = self._record(entry)
+                    if record.get("text_sha256") == text_hash and runs_here(str(record.get("compiler"))):
+                        return self._read(entry)
+        return None
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -213,49 +247,75 @@ class Cache:
                 "Set FLASHMOE_CACHE_DIR to a writable directory with free space."
             ) from error
 
-    @contextmanager
-    def _lock(self, key: str, name: str) -> Iterator[None]:
-        """Hold the entry's lock: one of the operating system, so a killed holder releases it."""
+    def _make(self, folder: Path) -> None:
+        """Make a folder that can be trusted and written to: found out before minutes are spent on compiling."""
         with self._writing():
-            locks = self.path / "locks"
-            locks.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(locks / f"{key[:16]}.lock")
-            try:
-                lock.acquire(timeout=0)
-            except filelock.Timeout:
-                logger.info("waiting for another process that compiles %s", name)
-                try:
-                    lock.acquire(timeout=_LOCK_S)
-                except filelock.Timeout:
-                    logger.warning("another process holds %s for more than %.0f s; going on", lock.lock_file, _LOCK_S)
-            except NotImplementedError:
-                pass  # a file system without locks
-        try:
-            yield
-        finally:
-            lock.release()
+            trust.make_folder(folder)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        trust.check(folder, root=self.path)
 
     def _store(self, entry: Path, key: str, text: str, image: Image, record: dict[str, Any]) -> None:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        draft = entry.with_name(f".building-{entry.name}-{uuid.uuid4().hex[:8]}")
+        suffix = ".cpp" if record["arch"] == "host" else ".cu"
+        for attempt in range(_ATTEMPTS):
+            draft = entry.with_name(f".building-{entry.name}-{uuid.uuid4().hex[:8]}")
+            try:
+                trust.make_folder(draft)
+                trust.new_file(draft / f"source{suffix}").write_text(text, encoding="utf-8")
+                trust.new_file(draft / _image_name(record["arch"])).write_bytes(image.data)
+                trust.new_file(draft / "build.log").write_text(image.log, encoding="utf-8")
+                metadata = json.dumps(record, indent=1, default=str)
+                trust.new_file(draft / "metadata.json").write_text(metadata, encoding="utf-8")
+                return self._publish(draft, entry, key)
+            except FileNotFoundError:  # somebody removed the folder, or the whole cache
+                shutil.rmtree(draft, ignore_errors=True)
+                if attempt == _ATTEMPTS - 1:
+                    raise
+            except BaseException:
+                shutil.rmtree(draft, ignore_errors=True)
+                raise
+
+    def _publish(self, draft: Path, entry: Path, key: str) -> None:
+        """Rename the draft into its place; keep an intact entry that another builder put there, replace a damaged one."""
+        for _ in range(_ATTEMPTS):
+            try:
+                os.rename(draft, entry)
+                return
+            except OSError as error:
+                if error.errno not in _OCCUPIED:
+                    raise
+            try:
+                self._read(entry, key)
+                shutil.rmtree(draft, ignore_errors=True)
+                return
+            except _DamagedError:
+                _discard(entry)
+        raise OSError(errno.EBUSY, "the entry is replaced again and again", str(entry))
+
+    def _record(self, entry: Path) -> dict[str, Any]:
+        trust.check(entry, root=self.path)
+        return _load_record(entry)
+
+    def _read(self, entry: Path, key: str | None = None) -> CompiledKernel:
+        """Return the entry's kernel after checking key, size and hash; raise ``_DamagedError`` if it is not intact."""
+        record = self._record(entry)
         try:
-            draft.mkdir()
-            suffix = ".cpp" if record["arch"] == "host" else ".cu"
-            (draft / f"source{suffix}").write_text(text, encoding="utf-8")
-            (draft / _image_name(record["arch"])).write_bytes(image.data)
-            (draft / "build.log").write_text(image.log, encoding="utf-8")
-            (draft / "metadata.json").write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
-            _publish(draft, entry, key)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
+            if key is not None and record["key"] != key:
+                raise _DamagedError("it belongs to another key")
+            kernel = _kernel(entry, record, (entry / "build.log").read_text(encoding="utf-8"), from_cache=True)
+            data = kernel.path.read_bytes()
+            if len(data) != record["image_bytes"] or hashlib.sha256(data).hexdigest() != record["image_sha256"]:
+                raise _DamagedError("the image differs from what was written")
+        except (OSError, LookupError, TypeError, ValueError) as error:
+            raise _DamagedError(f"{type(error).__name__}: {error}") from error
+        return kernel
 
     def _sweep(self, folder: Path) -> None:
         """Remove what dead builders left."""
         oldest = time.time() - _STALE_S
-        for leftover in (path for pattern in _LEFTOVERS for path in folder.glob(pattern)):
+        for leftover in self._children(folder):
             with suppress(OSError):
-                if leftover.stat().st_mtime < oldest:
+                if leftover.name.startswith(_LEFTOVERS) and leftover.stat().st_mtime < oldest:
                     _remove(leftover)
 
 
@@ -288,21 +348,6 @@ def _load_record(entry: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise _DamagedError("metadata.json is not an object")
     return record
-
-
-def _read(entry: Path, key: str | None = None) -> CompiledKernel:
-    """Return the entry's kernel after checking key, size and hash; raise :class:`_DamagedError` if it is not intact."""
-    record = _load_record(entry)
-    try:
-        if key is not None and record["key"] != key:
-            raise _DamagedError("it belongs to another key")
-        kernel = _kernel(entry, record, (entry / "build.log").read_text(encoding="utf-8"), from_cache=True)
-        data = kernel.path.read_bytes()
-        if len(data) != record["image_bytes"] or hashlib.sha256(data).hexdigest() != record["image_sha256"]:
-            raise _DamagedError("the image differs from what was written")
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        raise _DamagedError(f"{type(error).__name__}: {error}") from error
-    return kernel
 
 
 def _kernel(entry: Path, record: dict[str, Any], log: str, *, from_cache: bool) -> CompiledKernel:
@@ -341,43 +386,20 @@ def _entry(folder: Path) -> Entry:
         raise _DamagedError(str(error)) from error
 
 
-def _made_elsewhere(folder: Path, stem: str, text_hash: str) -> CompiledKernel | None:
-    for entry in sorted(folder.glob(f"{stem}-*")):
-        with suppress(_DamagedError):
-            record = _load_record(entry)
-            if record.get("text_sha256") == text_hash and runs_here(str(record.get("compiler"))):
-                return _read(entry)
-    return None
-
-
-def _publish(draft: Path, entry: Path, key: str) -> None:
-    """Rename the draft into its place; keep an intact entry that another builder put there, replace a damaged one."""
-    for _ in range(3):
-        try:
-            os.rename(draft, entry)
-            return
-        except OSError as error:
-            if error.errno not in _OCCUPIED:
-                raise
-        try:
-            _read(entry, key)
-            shutil.rmtree(draft, ignore_errors=True)
-            return
-        except _DamagedError:
-            with suppress(FileNotFoundError):
-                _discard(entry)
-    raise OSError(errno.EBUSY, "the entry is replaced again and again", str(entry))
-
-
-def _discard(entry: Path) -> None:
-    """Take an entry out of its place in one step, then remove it: nobody sees half of it."""
+def _discard(entry: Path) -> bool:
+    """Take an entry out of its place in one step, then remove it: nobody sees half of it. False if it is gone already."""
     grave = entry.with_name(f".broken-{entry.name}-{uuid.uuid4().hex[:8]}")
-    os.rename(entry, grave)
+    try:
+        os.rename(entry, grave)
+    except FileNotFoundError:
+        return False
     _remove(grave)
+    return True
 
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()

@@ -1,12 +1,10 @@
-"""From source text to image bytes: a C++ compiler for the host, NVRTC for a GPU. Nothing is cached here but versions.
+"""From source text to image bytes: a C++ compiler for the host, NVRTC for a GPU. Nothing is kept on disk here.
 
 Neither a GPU nor a driver is needed, and CuPy is imported only when a GPU architecture is asked for.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import importlib.util
 import logging
 import os
@@ -14,29 +12,33 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
-from . import cubin, env
+from . import cubin, env, nvrtc, packages, trust
 from .arch import get_arch
-from .errors import CompileError, UnsupportedError
+from .errors import CacheError, CompileError
+from .nvrtc import RefusedError
 
 logger = logging.getLogger("flashmoe_gen")
 
 # -ffp-contract=off: the host target must round as its reference does, whatever fused instructions the CPU has.
 _HOST_FLAGS = ("-std=c++20", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off")
-_NVRTC_FLAGS = ("-std=c++17", "--ptxas-options=-v")
 _V3_FLAG, _V3_FLAG_ZIG = "-march=x86-64-v3", "-mcpu=x86_64_v3"
 _V3_FEATURES = {"avx2", "fma", "bmi2", "f16c", "movbe", "abm"}
 _ZIG = (sys.executable or "python", "-m", "ziglang", "c++")
-_INVALID_OPTION = 5  # NVRTC_ERROR_INVALID_OPTION
+_TERMINATE_S = 1.0  # what a compiler gets to remove its files before it is killed
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,9 @@ class HostCompiler:
     @property
     def identity(self) -> str:
         """The part of the cache key that stands for this compiler: version, platform and flags, without paths."""
-        own_flags = [word for word in self.command[1:] if word.startswith("-") and word != "-m"]
-        return " ".join([self.version, _platform(), *own_flags, *self.flags])
+        words = () if self.command == _ZIG else self.command[1:]
+        own = [word for word in words if word.startswith("-") or not shutil.which(word)]  # not the g++ of "ccache g++"
+        return " ".join([self.version, _platform(), *own, *self.flags])
 
 
 def compile_text(
@@ -96,16 +99,18 @@ def compile_text(
         keep_in: folder that receives a refused source; default ``failed`` in the cache directory.
 
     Raises:
+        SpecError: an option contradicts ``arch`` or asks for another output than a cubin.
         UnsupportedError: the architecture is unknown to the package or to the installed NVRTC.
-        CompileError: the compiler is missing, or refused the text (then ``log`` and ``source_path`` are set).
+        CompileError: the compiler is missing, or refused the text, or ignored a part of it (then ``log`` and
+            ``source_path`` are set); or :func:`terminate_running` ended it.
     """
     is_host = get_arch(arch).is_host
     logger.info("compiling %s for %s", name, arch)
     try:
         return _compile_host(text, name, options) if is_host else _compile_nvrtc(text, name, arch, options)
-    except _RefusedError as refusal:
+    except RefusedError as refusal:
         path = _keep_source(text, file_stem(name) + (".cpp" if is_host else ".cu"), keep_in)
-        message = f"{refusal.compiler} refused {name} for {arch}."
+        message = f"{refusal.reason} {name} for {arch}."
         raise CompileError(message, log=refusal.log, source_path=path) from refusal.__cause__
 
 
@@ -118,7 +123,7 @@ def compiler_identity(arch: str) -> str:
     """
     if get_arch(arch).is_host:
         return find_host_compiler().identity
-    return " ".join([_nvrtc_version(_nvrtc()), *_NVRTC_FLAGS])
+    return nvrtc.load().identity
 
 
 def runs_here(identity: str) -> bool:
@@ -131,42 +136,58 @@ def runs_here(identity: str) -> bool:
 
 
 def find_host_compiler() -> HostCompiler:
-    """Return the first of ``$CXX``, ``g++``, ``clang++`` and the ``ziglang`` package's ``zig c++`` that exists.
+    """Return ``$CXX`` if it is set, else the first of ``g++``, ``clang++`` and the ``ziglang`` package's ``zig c++``.
+
+    ``CXX`` may have arguments, as in ``CXX="ccache g++"``.
 
     Raises:
-        CompileError: none exists, or the one found cannot tell its version.
+        CompileError: none exists, ``CXX`` is no program, or the one found cannot tell its version.
     """
     # CXX belongs to the tool chain, not to this package, hence it is not in env.py.
     wanted = os.environ.get("CXX", "").strip()
-    candidates: list[tuple[str, ...]] = [("g++",), ("clang++",)]
-    if wanted:
-        candidates.insert(0, _words(wanted))
-        if not shutil.which(candidates[0][0]):
-            logger.warning("CXX=%r is not a program; looking for another C++ compiler", wanted)
-    if importlib.util.find_spec("ziglang") is not None:
+    candidates: list[tuple[str, ...]] = [_words(wanted)] if wanted else [("g++",), ("clang++",)]
+    if not wanted and importlib.util.find_spec("ziglang") is not None:
         candidates.append(_ZIG)
     for command in candidates:
-        if shutil.which(command[0]):
-            return HostCompiler(command, _version(command, _fingerprint(command)), _HOST_FLAGS + _cpu_flags(command))
+        if program := shutil.which(command[0]):
+            return HostCompiler(command, _version(command, os.path.abspath(program)), _HOST_FLAGS + _cpu_flags(command))
+    if wanted:  # another compiler would be a surprise: whoever sets CXX wants this one
+        raise CompileError(
+            f"CXX={wanted!r} cannot be used: there is no program {candidates[0][0]!r}"
+            f"{'' if os.sep in candidates[0][0] else ' on PATH'}. Set CXX to a C++20 compiler, or unset it."
+        )
     raise CompileError(
-        f"No C++ compiler found. Looked for $CXX ({wanted or 'not set'}), then g++ and clang++ on PATH, then the "
-        "Python package ziglang. Install g++ with the system's package manager (for example `apt install g++`), "
+        "No C++ compiler found. Looked for $CXX (not set), then g++ and clang++ on PATH, then the Python package "
+        "ziglang. Install g++ with the system's package manager (for example `apt install g++`), "
         "or run `pip install ziglang`."
     )
+
+
+def slow_first_use(command: tuple[str, ...]) -> str | None:
+    """What to tell a user who waits for this compiler's first run; ``None`` if that takes no longer than the next."""
+    return "zig c++ builds its own libraries at first use, a minute or two" if _is_zig(command) else None
+
+
+def terminate_running() -> int:
+    """End the compilers that run in other threads of this process, with what they started; return how many there were.
+
+    Their :func:`compile_text` raises ``CompileError``; nothing of them is left behind. NVRTC cannot be ended.
+    """
+    with _running_lock:
+        processes = list(_running)
+        _terminated.update(processes)
+    for process in processes:
+        _signal(process, signal.SIGTERM)
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_TERMINATE_S)
+        _signal(process, signal.SIGKILL)
+    return len(processes)
 
 
 def file_stem(name: str) -> str:
     """Make a kernel's name fit for a file name on any system."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:100] or "kernel"
-
-
-class _RefusedError(Exception):
-    """The compiler ran and refused the text."""
-
-    def __init__(self, compiler: str, log: str) -> None:
-        super().__init__(log)
-        self.compiler = compiler
-        self.log = log
 
 
 def _compile_host(text: str, name: str, options: tuple[str, ...]) -> Image:
@@ -181,7 +202,7 @@ def _compile_host(text: str, name: str, options: tuple[str, ...]) -> Image:
             done = _run(command, folder)
             seconds = time.perf_counter() - start
             if done.returncode != 0:
-                raise _RefusedError(compiler.version, done.stdout or f"exit status {done.returncode}")
+                raise RefusedError(f"{compiler.version} refused", done.stdout or f"exit status {done.returncode}")
             data = Path(folder, f"{stem}.so").read_bytes()
     except OSError as error:
         raise CompileError(f"{name} cannot be compiled with {shlex.join(compiler.command)}: {error}.") from error
@@ -189,24 +210,8 @@ def _compile_host(text: str, name: str, options: tuple[str, ...]) -> Image:
 
 
 def _compile_nvrtc(text: str, name: str, arch: str, options: tuple[str, ...]) -> Image:
-    nvrtc = _nvrtc()
-    version = _nvrtc_version(nvrtc)
     start = time.perf_counter()
-    program = nvrtc.createProgram(text, f"{file_stem(name)}.cu", (), ())
-    try:
-        nvrtc.compileProgram(program, (f"-arch={arch}", *_NVRTC_FLAGS, *options))
-        data = nvrtc.getCUBIN(program) + b"\0"  # CuPy drops the last byte; the CUDA tools refuse a file without it
-        log = _clean(nvrtc.getProgramLog(program))
-    except nvrtc.NVRTCError as error:
-        log = _clean(nvrtc.getProgramLog(program))
-        if error.status == _INVALID_OPTION and "gpu-architecture" in log:
-            raise UnsupportedError(
-                f"{version} cannot compile for {arch!r}. Install a newer NVRTC: "
-                '`pip install -U nvidia-cuda-nvrtc-cu12`, or `pip install "flashmoe_gen[cu13]"` for CUDA 13.'
-            ) from error
-        raise _RefusedError(version, log or str(error)) from error
-    finally:
-        nvrtc.destroyProgram(program)
+    data, log = nvrtc.compile_program(text, file_name=f"{file_stem(name)}.cu", arch=arch, options=options)
     seconds = time.perf_counter() - start
     kernels = cubin.usage(data).values()
     # The log is exact; the count from the ELF is there so that a change of the log's wording does not hide spills.
@@ -222,54 +227,89 @@ def _compile_nvrtc(text: str, name: str, arch: str, options: tuple[str, ...]) ->
     )
 
 
-def _nvrtc() -> Any:
-    try:
-        nvrtc = importlib.import_module("cupy.cuda").nvrtc
-        nvrtc.getVersion()  # CuPy loads libnvrtc at the first call
-    except (ImportError, OSError, RuntimeError) as error:
-        raise CompileError(
-            'Compiling for a GPU needs CuPy and NVRTC: `pip install "flashmoe_gen[cu12]"` for CUDA 12 or '
-            f'`pip install "flashmoe_gen[cu13]"` for CUDA 13. ({type(error).__name__}: {error})'
-        ) from error
-    return nvrtc
-
-
-def _nvrtc_version(nvrtc: Any) -> str:
-    return "NVRTC {}.{}".format(*nvrtc.getVersion())
-
-
-def _clean(log: str) -> str:
-    return log.strip("\0\n ")
+_running: set[subprocess.Popen[str]] = set()
+_terminated: set[subprocess.Popen[str]] = set()
+_running_lock = threading.Lock()
 
 
 def _run(command: list[str], folder: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "LC_ALL": "C"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        check=False,
-    )
+    """Run a compiler to its end; what it started ends with it, also when an exception (Ctrl-C) ends the wait."""
+    # Its temporary files go into the folder, which is removed whatever happens to the compiler.
+    environment = {**os.environ, "LC_ALL": "C", **({"TMPDIR": folder} if folder else {})}
+    if _is_zig(tuple(command)):
+        environment |= _zig_folder()
+    program = os.path.abspath(shutil.which(command[0]) or command[0])  # not relative to the folder, as PATH may be
+    process: subprocess.Popen[str] | None = None
+    try:
+        with _without_interrupt(), _running_lock:
+            process = subprocess.Popen(
+                [program, *command[1:]],
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT if folder else subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+            _running.add(process)
+        out, err = process.communicate()
+    except BaseException:
+        if process:
+            _signal(process, signal.SIGKILL)
+            process.wait()
+        raise
+    finally:
+        with _running_lock:
+            ended = process in _terminated
+            _terminated.difference_update({process})
+            _running.difference_update({process})
+    if ended:
+        raise CompileError(f"{shlex.join(command[:1])} was ended before it had compiled.")
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@contextmanager
+def _without_interrupt() -> Iterator[None]:
+    """Hold Ctrl-C back while a process starts: between its start and its name no one could end it."""
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if came:
+            usual(*came[0])
+
+
+def _signal(process: subprocess.Popen[str], number: int) -> None:
+    """Send a signal to a compiler and all it started: it leads a session, hence a group."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
 
 
 def _keep_source(text: str, file_name: str, folder: Path | None) -> Path | None:
     """Write a refused source into the folder, or into a new temporary one; ``None`` when neither can be written."""
-    for target in (folder or env.cache_dir() / "failed", None):
-        try:
-            target = target or Path(tempfile.mkdtemp(prefix="flashmoe_gen-"))
-            target.mkdir(parents=True, exist_ok=True)
+    for is_temporary in (False, True):
+        with suppress(OSError, CacheError):  # CacheError: no home directory
+            if is_temporary:
+                target = Path(tempfile.mkdtemp(prefix="flashmoe_gen-"))
+            else:
+                target = folder or env.cache_dir() / "failed"
+            trust.make_folder(target)
             (target / file_name).write_text(text, encoding="utf-8")
             return target / file_name
-        except OSError:
-            continue
     return None
 
 
 def _words(command: str) -> tuple[str, ...]:
+    if shutil.which(command):  # a path with spaces
+        return (command,)
     try:
         return tuple(shlex.split(command))
     except ValueError:  # an open quote
@@ -278,6 +318,16 @@ def _words(command: str) -> tuple[str, ...]:
 
 def _is_zig(command: tuple[str, ...]) -> bool:
     return "ziglang" in command or Path(command[0]).name == "zig"
+
+
+def _zig_folder() -> dict[str, str]:
+    """A folder for zig's own libraries where its default, below the home directory, cannot be written."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "zig")
+    if "ZIG_GLOBAL_CACHE_DIR" in os.environ or (default.is_absolute() and packages.is_writable(default)):
+        return {}
+    with suppress(CacheError):
+        return {"ZIG_GLOBAL_CACHE_DIR": str(env.cache_dir().absolute() / "zig")}
+    return {}
 
 
 def _platform() -> str:
@@ -300,48 +350,17 @@ def _has_x86_64_v3() -> bool:
     return set(flags.split()) >= _V3_FEATURES
 
 
-def _fingerprint(command: tuple[str, ...]) -> str:
-    """Identify the programs of a command by path, time and size, without running one."""
-    parts = []
-    for word in command:
-        path = shutil.which(word)
-        if path:
-            real = os.path.realpath(path)
-            stat = os.stat(real)
-            parts.append(f"{real} {stat.st_mtime_ns} {stat.st_size}")
-        else:
-            parts.append(word)
-    return "\n".join(parts)
-
-
 @lru_cache(maxsize=16)
-def _version(command: tuple[str, ...], fingerprint: str) -> str:
+def _version(command: tuple[str, ...], program: str) -> str:
+    """Ask the command itself, once per process: the file of a wrapper stays when the compiler behind it changes."""
     if command == _ZIG:
         return f"zig c++ {metadata.version('ziglang')}"
-    # Kept on disk too, so that a process that only loads cached kernels starts no other process.
-    memo = env.cache_dir() / "compilers" / hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
-    try:
-        if known := memo.read_text(encoding="utf-8").strip():
-            return known
-    except (OSError, ValueError):
-        pass
-    version = _ask_version(command)
-    try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        draft = memo.with_name(f"{memo.name}.{os.getpid()}")
-        draft.write_text(version, encoding="utf-8")
-        os.replace(draft, memo)
-    except OSError:
-        pass  # a read-only cache: ask again next time
-    return version
-
-
-def _ask_version(command: tuple[str, ...]) -> str:
     try:
         done = _run([*command, "--version"])
     except OSError as error:
         raise CompileError(f"The C++ compiler {shlex.join(command)} cannot be started: {error}.") from error
-    lines = done.stdout.split("\n")
-    if done.returncode != 0 or not lines[0].strip():
-        raise CompileError(f"The C++ compiler {shlex.join(command)} does not answer --version.", log=done.stdout)
-    return lines[0].strip()
+    line = done.stdout.partition("\n")[0].strip()
+    if done.returncode != 0 or not line:
+        log = done.stdout + done.stderr
+        raise CompileError(f"The C++ compiler {shlex.join(command)} does not answer --version.", log=log)
+    return line

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import platformdirs
 
-from .errors import SpecError
+from .errors import CacheError, SpecError
 
+MIN_TIMEOUT_S, MAX_TIMEOUT_S = 1e-9, 1e9  # kernels count nanoseconds in 64 bits: a deadline is no 0, and no overflow
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"", "0", "false", "no", "off"}
 
@@ -22,36 +25,72 @@ def _flag(name: str) -> bool:
     raise SpecError(f"{name}={value!r} is not valid. Must be 0 or 1.")
 
 
+def expand(name: str, value: str | os.PathLike[str]) -> Path:
+    """A path with ``~`` and ``~user`` replaced; raises ``SpecError`` naming the value when there is no such folder."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:  # no home directory, or no such user
+        raise SpecError(f"{name}={os.fspath(value)!r} is not valid: {error} Name the folder without '~'.") from error
+
+
+def _folder(name: str) -> Path | None:
+    value = os.environ.get(name)
+    return expand(name, value) if value else None
+
+
 def cache_dir() -> Path:
-    """``FLASHMOE_CACHE_DIR``: where compiled kernels are kept."""
-    value = os.environ.get("FLASHMOE_CACHE_DIR")
-    return Path(value).expanduser() if value else Path(platformdirs.user_cache_dir("flashmoe_gen", appauthor=False))
+    """``FLASHMOE_CACHE_DIR``: where compiled kernels are kept; default: the user's cache directory.
+
+    Raises:
+        SpecError: the value begins with ``~user``, and there is no such user.
+        CacheError: it is not set, and the user has no home directory.
+    """
+    if folder := _folder("FLASHMOE_CACHE_DIR"):
+        return folder
+    try:
+        default = Path(platformdirs.user_cache_dir("flashmoe_gen", appauthor=False))
+        reason = f"HOME={os.environ.get('HOME')!r}, which gives {default}"
+    except (RuntimeError, OSError) as error:
+        default, reason = Path(), str(error)
+    if not default.is_absolute():
+        raise CacheError(f"The user has no home directory for the kernel cache ({reason}). Set FLASHMOE_CACHE_DIR.")
+    return default
+
+
+def cache_trust() -> str:
+    """``FLASHMOE_CACHE_TRUST``: who may have written a kernel that is loaded: ``owner`` (and root), ``group`` or ``all``."""
+    value = os.environ.get("FLASHMOE_CACHE_TRUST", "").strip().lower() or "owner"
+    if value not in ("owner", "group", "all"):
+        raise SpecError(f"FLASHMOE_CACHE_TRUST={value!r} is not valid. Must be 'owner', 'group' or 'all'.")
+    return value
 
 
 def timeout_s() -> float:
     """``FLASHMOE_TIMEOUT_S``: deadline of a wait inside a kernel, in seconds; 0 turns it off."""
-    text = os.environ.get("FLASHMOE_TIMEOUT_S", "60")
+    text = os.environ.get("FLASHMOE_TIMEOUT_S", "").strip() or "60"
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
-        raise SpecError(f"FLASHMOE_TIMEOUT_S={text!r} is not valid. Must be a number of seconds >= 0 (0 = no deadline).")
+    if value != 0 and not MIN_TIMEOUT_S <= value <= MAX_TIMEOUT_S:
+        raise SpecError(
+            f"FLASHMOE_TIMEOUT_S={text!r} is not valid. Must be a number of seconds >= 0 (0 = no deadline): "
+            f"0, or from {MIN_TIMEOUT_S:.0e} to {MAX_TIMEOUT_S:.0e}."
+        )
     return value
 
 
 def target() -> str | None:
     """``FLASHMOE_TARGET``: the target a layer uses when none is given: ``host`` or ``cuda``."""
-    value = os.environ.get("FLASHMOE_TARGET")
-    if value not in (None, "", "host", "cuda"):
+    value = os.environ.get("FLASHMOE_TARGET", "").strip().lower()
+    if value not in ("", "host", "cuda"):
         raise SpecError(f"FLASHMOE_TARGET={value!r} is not valid. Must be 'host' or 'cuda'.")
     return value or None
 
 
 def keep_source() -> Path | None:
     """``FLASHMOE_KEEP_SOURCE``: a folder that gets a copy of the source of every kernel that is compiled or looked up."""
-    value = os.environ.get("FLASHMOE_KEEP_SOURCE")
-    return Path(value).expanduser() if value else None
+    return _folder("FLASHMOE_KEEP_SOURCE")
 
 
 def no_jit() -> bool:
@@ -61,7 +100,29 @@ def no_jit() -> bool:
 
 def log_level() -> str:
     """``FLASHMOE_LOG``: level of the ``flashmoe_gen`` logger: debug, info, warning or error."""
-    value = os.environ.get("FLASHMOE_LOG", "warning").strip().lower()
+    value = os.environ.get("FLASHMOE_LOG", "").strip().lower() or "warning"
     if value not in ("debug", "info", "warning", "error"):
         raise SpecError(f"FLASHMOE_LOG={value!r} is not valid. Must be 'debug', 'info', 'warning' or 'error'.")
     return value
+
+
+VARIABLES: dict[str, Callable[[], object]] = {
+    "FLASHMOE_CACHE_DIR": cache_dir,
+    "FLASHMOE_CACHE_TRUST": cache_trust,
+    "FLASHMOE_TIMEOUT_S": timeout_s,
+    "FLASHMOE_TARGET": target,
+    "FLASHMOE_NO_JIT": no_jit,
+    "FLASHMOE_KEEP_SOURCE": keep_source,
+    "FLASHMOE_LOG": log_level,
+}
+
+
+def validate() -> None:
+    """Read all of them, so that a wrong value is found before any work.
+
+    Raises:
+        SpecError: a value is not valid; names the variable.
+    """
+    for read in VARIABLES.values():
+        with suppress(CacheError):  # no home directory: whoever needs the cache says so
+            read()

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 
-from . import env
+from . import env, files
 from .arch import Arch, get_arch
 from .args import MOE_STRUCTS, ROUTER_STRUCTS, WORKS
-from .errors import CacheError, SpecError
+from .errors import CacheError, FlashMoEError, SpecError
 from .instrument import Instrument
 from .plan import KernelPlan, RouterPlan, TileConfig, default_tile, plan_kernel, plan_router, resolve_program
 from .spec import MoESpec
@@ -59,11 +59,20 @@ class KernelSource:
         return ".cpp" if self.arch == "host" else ".cu"
 
     def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write the text to ``path`` (a file, or a folder that gets ``<name>.cu`` / ``.cpp``); return the file's path."""
+        """Write the text; return the file's path. Folders are made if missing.
+
+        Args:
+            path: a file; or a folder, which gets ``<name>.cu`` / ``.cpp``: one that exists, or a path without suffix
+                where there is nothing yet.
+
+        Raises:
+            FlashMoEError: it cannot be written (read-only, full); what was there before is still there.
+        """
         target = Path(path)
-        if target.is_dir():
+        is_new = not os.path.lexists(target) and (not target.suffix or os.fspath(path).endswith(os.sep))
+        if target.is_dir() or is_new:
             target = target / f"{self.name}{self.suffix}"
-        target.write_text(self.text, encoding="utf-8")
+        files.write_text(target, self.text)
         return target
 
     def compile(self) -> CompiledKernel:
@@ -77,10 +86,9 @@ class KernelSource:
 
         if folder := env.keep_source():
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                self.write(folder)
-            except OSError as error:
-                raise CacheError(f"FLASHMOE_KEEP_SOURCE={folder} cannot be written: {error}.") from error
+                files.write_text(folder / f"{self.name}{self.suffix}", self.text)
+            except FlashMoEError as error:
+                raise CacheError(f"FLASHMOE_KEEP_SOURCE={folder} cannot be written: {error}") from error
         return Cache().build(self.text, name=self.name, arch=self.arch, digest=self.digest, metadata=self.metadata)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -12,17 +13,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pytest
 
 from flashmoe_gen import cache as cache_module
 from flashmoe_gen import compile as compile_module
+from flashmoe_gen import locks
 from flashmoe_gen.cache import Cache, CompiledKernel
 from flashmoe_gen.compile import Image
 from flashmoe_gen.errors import CacheError, CompileError, UnsupportedError
@@ -44,11 +46,14 @@ def root(tmp_path: Path, monkeypatch: Patch) -> Path:
     return tmp_path / "cache"
 
 
+FAKE = f"fake 1.0 {compile_module._platform()}"
+
+
 class FakeCompiler:
     """Stands for any compiler: counts its calls, returns bytes that tell which call made them."""
 
     def __init__(self) -> None:
-        self.identity = "fake 1.0"
+        self.identity = FAKE
         self.calls = 0
         self.delay = 0.0
 
@@ -79,7 +84,7 @@ def test_miss_then_hit(fake: FakeCompiler, root: Path) -> None:
     built = build()
     assert not built.from_cache and fake.calls == 1
     assert (built.registers, built.spill_bytes, built.shared_bytes, built.seconds) == (40, 8, 1024, 0.25)
-    assert (built.compiler, built.log, built.image) == ("fake 1.0", "the log\nof it", b"image 1" * 50)
+    assert (built.compiler, built.log, built.image) == (FAKE, "the log\nof it", b"image 1" * 50)
     found = build(Cache(root))
     assert found == dataclasses.replace(built, from_cache=True) and fake.calls == 1
     files = " ".join(sorted(path.name for path in built.path.parent.iterdir()))
@@ -225,7 +230,15 @@ def test_no_jit(fake: FakeCompiler, root: Path, monkeypatch: Patch) -> None:
             build(metadata={})
     kernel = build()
     monkeypatch.setenv("FLASHMOE_NO_JIT", "1")
+    # Whatever the local compiler is, or says: it is not even looked for.
+    monkeypatch.setattr(cache_module, "compiler_identity", fail_with(AssertionError("looked for a compiler")))
     assert build().from_cache
+    with pytest.raises(CacheError, match="FLASHMOE_NO_JIT=1"):
+        build(text=TEXT + " ")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "runs_here", lambda identity: identity != FAKE)  # of a CPU with more
+        with pytest.raises(CacheError, match="FLASHMOE_NO_JIT=1"):
+            build()
     truncate(kernel.path)
     with pytest.raises(CacheError, match="or is damaged there"):
         build()
@@ -265,10 +278,10 @@ def fail_with(error: Exception) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("step", ["mkdir", "open", "write_text", "write_bytes", "rename"])
+@pytest.mark.parametrize("step", ["mkdir", "touch", "write_text", "write_bytes", "rename"])
 def test_unwritable_or_full(number: int, step: str, fake: FakeCompiler, root: Path, monkeypatch: Patch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(os if step in ("rename", "open") else Path, step, fail_with(OSError(number, os.strerror(number))))
+        patch.setattr(os if step == "rename" else Path, step, fail_with(OSError(number, os.strerror(number))))
         with pytest.raises(CacheError) as caught:
             build()
     for word in (str(root), "FLASHMOE_CACHE_DIR", os.strerror(number)):
@@ -280,10 +293,9 @@ def test_unwritable_or_full(number: int, step: str, fake: FakeCompiler, root: Pa
 @needs_gxx
 def test_hit_in_a_read_only_cache_writes_nothing(monkeypatch: Patch, root: Path) -> None:
     kernel = build()
-    shutil.rmtree(root / "compilers")
     compile_module._version.cache_clear()
     before = sorted(root.rglob("*"))
-    for owner, step in ((Path, "mkdir"), (Path, "write_text"), (Path, "write_bytes"), (os, "rename"), (os, "replace")):
+    for owner, step in ((Path, "mkdir"), (Path, "touch"), (Path, "write_text"), (os, "rename"), (os, "replace")):
         monkeypatch.setattr(owner, step, fail_with(OSError(errno.EROFS, "read-only")))
     assert build() == dataclasses.replace(kernel, from_cache=True)
     assert sorted(root.rglob("*")) == before
@@ -291,7 +303,7 @@ def test_hit_in_a_read_only_cache_writes_nothing(monkeypatch: Patch, root: Path)
 
 def test_lost_race_without_a_lock_uses_the_winner(fake: FakeCompiler, root: Path, monkeypatch: Patch) -> None:
     """On a file system without locks two builders meet at the rename."""
-    monkeypatch.setattr(filelock.FileLock, "acquire", fail_with(NotImplementedError("flock")))
+    monkeypatch.setattr(fcntl, "flock", fail_with(OSError(errno.ENOLCK, "no locks")))
     slow = FakeCompiler()
 
     def compile_slowly(*args: Any, **kwargs: Any) -> Image:
@@ -364,10 +376,10 @@ def test_many_processes_compile_once(tmp_path: Path, root: Path) -> None:
 @needs_gxx
 def test_killed_builder_blocks_nobody(tmp_path: Path, root: Path, monkeypatch: Patch) -> None:
     started, again = tmp_path / "started", tmp_path / "again"
-    compiler = wrapper(tmp_path / "g++", f"if [ ! -e {again} ]; then touch {started}; sleep 60; fi;")
+    compiler = wrapper(tmp_path / "g++", f"if [ ! -e {again} ]; then echo $$ >> {started}; sleep 60; fi;")
     builder = start_builder(tmp_path, CXX=compiler)
     deadline = time.monotonic() + 30
-    while not started.exists() and time.monotonic() < deadline:
+    while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert started.exists() and builder.poll() is None
     again.touch()
@@ -377,24 +389,216 @@ def test_killed_builder_blocks_nobody(tmp_path: Path, root: Path, monkeypatch: P
     builder.kill()  # its compiler lives on
     builder.communicate(timeout=10)
     out, err = waiting.communicate(timeout=30)
-    os.killpg(builder.pid, signal.SIGKILL)
+    os.killpg(int(started.read_text()), signal.SIGKILL)
     assert (waiting.returncode, out.strip()) == (0, "False"), err
     monkeypatch.setenv("CXX", compiler)
     compile_module._version.cache_clear()
-    start = time.monotonic()
     kernel = build()
-    assert kernel.from_cache and time.monotonic() - start < 5
+    assert kernel.from_cache
     assert ctypes.CDLL(str(kernel.path)).answer() == 42
 
 
 @needs_gxx
-def test_warm_start_takes_at_most_50_ms(monkeypatch: Patch) -> None:
-    large = "char block[1 << 20] = {1};\n" + TEXT
-    assert len(build(text=large).image) > 1 << 20
-    times = []
-    for _ in range(5):
+def test_warm_start_reads_and_compiles_nothing(monkeypatch: Patch) -> None:
+    """A hit asks the compiler for its version, and reads the entry: 50 ms of a machine that does nothing else."""
+    build()
+    compile_module._version.cache_clear()  # as in a new process
+    ran: list[list[str]] = []
+    real = compile_module._run
+    monkeypatch.setattr(compile_module, "_run", lambda command, *rest: ran.append(command) or real(command, *rest))
+    assert build().from_cache and build().from_cache
+    assert [command[1:] for command in ran] == [["--version"]]
+
+
+LOCK_ERRORS = [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO, errno.ENOSYS, errno.EINVAL, errno.EBADF, errno.ESTALE]
+
+
+@pytest.mark.parametrize("number", LOCK_ERRORS, ids=errno.errorcode.get)
+def test_file_systems_without_locks(number: int, root: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(time, "sleep", fail_with(AssertionError("waited for a lock that does not work")))
+    monkeypatch.setattr(fcntl, "flock", fail_with(OSError(number, os.strerror(number))))
+    assert locks_held() == [False]
+
+
+def locks_held() -> list[bool]:
+    with locks.held(Cache().path / "locks" / "a.lock", wait_s=900, what="a kernel") as held:
+        return [held]
+
+
+@pytest.mark.parametrize("where", ["folder is a file", "file is a folder", "file is a link", "file cannot be opened"])
+def test_locks_that_cannot_be_made(where: str, fake: FakeCompiler, root: Path, monkeypatch: Patch) -> None:
+    first = build()
+    (lock,) = (root / "locks").iterdir()
+    shutil.rmtree(first.path.parent)
+    lock.unlink()
+    if where == "folder is a file":
+        lock.parent.rmdir()
+        lock.parent.write_text("x")
+    elif where == "file is a folder":
+        lock.mkdir()
+    elif where == "file is a link":
+        lock.symlink_to(root / "absent")
+    else:
+        real = os.open
+
+        def refuse(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+            if str(path).endswith(".lock"):
+                raise PermissionError(errno.EACCES, "of another user", str(path))
+            return real(path, flags, *rest, **more)
+
+        monkeypatch.setattr(os, "open", refuse)
+    assert not build().from_cache and build().from_cache
+
+
+def test_a_lock_of_another_user_is_taken_by_reading(root: Path, monkeypatch: Patch) -> None:
+    assert locks_held() == [True]
+    real = os.open
+
+    def refuse(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if str(path).endswith(".lock") and flags & os.O_RDWR and not flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, "mode 0644", str(path))
+        return real(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert locks_held() == [True]
+
+
+def test_a_lock_excludes_and_is_given_up(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = root / "locks" / "a.lock"
+    with locks.held(path, wait_s=900, what="k") as first, locks.held(path, wait_s=0.1, what="k") as second:
+        assert first and not second
+    assert "another process holds" in caplog.text
+    assert locks_held() == [True]
+    filelock = pytest.importorskip("filelock")  # what earlier versions locked the same files with
+    with filelock.FileLock(path), locks.held(path, wait_s=0, what="k") as held:
+        assert not held
+
+
+def test_a_forked_child_does_not_keep_the_lock(root: Path) -> None:
+    path = root / "locks" / "a.lock"
+    with locks.held(path, wait_s=0, what="k") as held:
+        assert held
+        child = subprocess.Popen(
+            ["sleep", "60"], pass_fds=[int(f) for f in os.listdir("/proc/self/fd") if names(f, path)]
+        )
+    try:
+        with locks.held(path, wait_s=0, what="k") as held:
+            assert held
+    finally:
+        child.kill()
+        child.wait()
+
+
+def names(descriptor: str, path: Path) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}") == str(path)
+    except OSError:
+        return False
+
+
+CLEARER = """
+import sys
+from flashmoe_gen.cache import Cache
+sys.stdin.readline()
+print(Cache().clear())
+"""
+
+
+def test_many_processes_clear_at_once(fake: FakeCompiler, root: Path) -> None:
+    entry = build().path.parent
+    count = 200
+    for number in range(count - 1):
+        shutil.copytree(entry, entry.with_name(f"answer-{number:016x}"))
+    clearers = [
+        subprocess.Popen([sys.executable, "-c", CLEARER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for clearer in clearers:
+        assert clearer.stdin
+        clearer.stdin.write("go\n")
+        clearer.stdin.flush()
+    answers = [clearer.communicate(timeout=60)[0] for clearer in clearers]
+    assert [clearer.returncode for clearer in clearers] == [0, 0, 0]
+    assert sum(map(int, answers)) == count  # each entry was removed by one of them
+    assert Cache().entries() == [] and not unfinished(root)
+
+
+@pytest.mark.parametrize("step", ["touch", "write_text", "write_bytes", "rename"])
+def test_cleared_while_it_is_built(step: str, fake: FakeCompiler, root: Path, monkeypatch: Patch) -> None:
+    """Somebody removes the whole folder at each step of writing an entry, once or twice."""
+    owner: Any = os if step == "rename" else Path
+    real, left = getattr(owner, step), [2]
+
+    def vanish(*args: Any, **kwargs: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            shutil.rmtree(root)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, step, vanish)
+    kernel = build()
+    assert left == [0] and fake.calls == 1 and kernel.image == b"image 1" * 50
+    assert build().from_cache and not unfinished(root)
+
+
+def test_entries_and_builds_while_others_clear(fake: FakeCompiler, root: Path) -> None:
+    stop = threading.Event()
+
+    def clear() -> int:
+        removed = 0
+        while not stop.is_set():
+            removed += Cache().clear()
+            shutil.rmtree(root, ignore_errors=True)
+        return removed
+
+    with ThreadPoolExecutor(2) as pool:
+        clearing = pool.submit(clear)
+        try:
+            for number in range(60):
+                assert build(text=f"{TEXT}// {number}").name == "answer"
+                assert len(Cache().entries()) <= 60
+        finally:
+            stop.set()
+        assert clearing.result() <= 60
+
+
+def test_clear_removes_the_rest_before_it_raises(fake: FakeCompiler, root: Path, monkeypatch: Patch) -> None:
+    kept, gone = build(name="a").path.parent, build(name="b").path.parent
+    real = os.rename
+
+    def rename(source: Any, target: Any) -> None:
+        if Path(source) == kept:
+            raise PermissionError(errno.EPERM, "of another user", str(source))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(CacheError, match="of another user"):
+        Cache().clear()
+    assert kept.exists() and not gone.exists()
+
+
+def test_a_folder_that_cannot_be_read(root: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(os, "listdir", fail_with(PermissionError(errno.EACCES, "Permission denied")))
+    for call in (Cache().entries, Cache().clear):
+        with pytest.raises(CacheError, match=r"cannot be read.*Permission denied.*FLASHMOE_CACHE_DIR"):
+            call()
+
+
+@needs_gxx
+def test_a_compiler_behind_a_wrapper(tmp_path: Path, monkeypatch: Patch) -> None:
+    """The wrapper's file stays as it is; what it runs is upgraded, or is another compiler."""
+    own = tmp_path / "wrapper"
+    own.write_text(
+        '#!/bin/sh\ncase "$*" in *--version) echo "$VERSION"; exit;; esac\n[ "$1" = g++ ] && shift\nexec g++ "$@"\n'
+    )
+    own.chmod(0o755)
+    paths = set()
+    for command, version in ((f"{own}", "g++ 12.2"), (f"{own}", "g++ 14.1"), (f"{own} g++", "clang 19")):
+        monkeypatch.setenv("CXX", command)
+        monkeypatch.setenv("VERSION", version)
         compile_module._version.cache_clear()  # as in a new process
-        start = time.perf_counter()
-        assert build(text=large).from_cache
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.05
+        kernel = build()
+        assert not kernel.from_cache and kernel.compiler.startswith(version)
+        paths.add(kernel.path)
+        assert build().from_cache
+    assert len(paths) == 3

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +24,18 @@ import pytest
 
 from flashmoe_gen import arch as arch_module
 from flashmoe_gen import compile as compile_module
-from flashmoe_gen.compile import compile_text, compiler_identity, file_stem, find_host_compiler, runs_here
+from flashmoe_gen import nvrtc, packages
+from flashmoe_gen.compile import (
+    compile_text,
+    compiler_identity,
+    file_stem,
+    find_host_compiler,
+    runs_here,
+    slow_first_use,
+    terminate_running,
+)
 from flashmoe_gen.cubin import logged_spill_bytes, usage
-from flashmoe_gen.errors import CompileError, UnsupportedError
+from flashmoe_gen.errors import CompileError, FlashMoEError, SpecError, UnsupportedError
 
 GOOD = 'extern "C" int answer() { return 42; }\n'
 BAD = 'extern "C" int answer() { return fourty_two; }\n'
@@ -31,11 +44,13 @@ needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("cl
 
 
 @pytest.fixture(autouse=True)
-def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
     compile_module._version.cache_clear()
-    return tmp_path / "cache"
+    nvrtc._load.cache_clear()
+    yield tmp_path / "cache"
+    nvrtc._load.cache_clear()  # a test may have loaded a false one
 
 
 def no_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,13 +141,57 @@ def test_cxx_is_first_and_may_carry_flags(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 @needs_compiler
-@pytest.mark.parametrize("value", ["absent-compiler", "'open quote", "  "])
-def test_unusable_cxx_falls_through(
-    value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("value", ["absent-compiler", "absent-ccache g++", "'open quote", "/absent/g++", "''", "/tmp"])
+def test_cxx_that_is_no_program_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another compiler would be a surprise: whoever sets CXX wants this one."""
+    monkeypatch.setenv("CXX", value)
+    for call in (find_host_compiler, lambda: compile_text(GOOD, name="answer", arch="host")):
+        with pytest.raises(CompileError, match="cannot be used: there is no program") as caught:
+            call()
+        assert f"CXX={value!r}" in str(caught.value)
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", ["", "  "])
+def test_blank_cxx_is_not_set(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", value)
     assert find_host_compiler().command[0] in ("g++", "clang++")
-    assert ("is not a program" in caplog.text) == bool(value.strip())
+
+
+@needs_compiler
+def test_cxx_may_be_a_wrapper_with_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    launcher = script(tmp_path / "ccache", 'exec "$@"')
+    plain = find_host_compiler()
+    for prefix in (launcher, f"env A=1 {launcher}", f"{launcher} {launcher}"):
+        monkeypatch.setenv("CXX", f"{prefix} {plain.command[0]}")
+        compiler = find_host_compiler()
+        assert compiler.version == plain.version and str(tmp_path) not in compiler.identity
+        assert compile_text(GOOD, name="answer", arch="host").data
+
+
+@needs_compiler
+def test_arguments_of_cxx_are_in_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    identities = set()
+    for value in ("g++", "g++ -DA=1", "g++ -D A=2", "g++ -D A=3"):
+        monkeypatch.setenv("CXX", value)
+        identities.add(compiler_identity("host"))
+    assert len(identities) == 4
+
+
+@needs_compiler
+@pytest.mark.parametrize("place", ["relative CXX", "path with a space", "relative PATH"])
+def test_where_the_compiler_is(place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "my tools"
+    folder.mkdir()
+    real = shutil.which("g++")
+    script(folder / "my++", f'exec {real} "$@"')
+    monkeypatch.chdir(folder)
+    if place == "relative PATH":
+        monkeypatch.setenv("PATH", f".{os.pathsep}{os.environ['PATH']}")
+    value = {"relative CXX": "./my++", "path with a space": str(folder / "my++"), "relative PATH": "my++"}[place]
+    monkeypatch.setenv("CXX", value)
+    assert find_host_compiler().command == (value,)
+    assert compile_text(GOOD, name="answer", arch="host").data
 
 
 def test_compiler_that_does_not_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -144,16 +203,117 @@ def test_compiler_that_does_not_work(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert find_host_compiler().version == "mended 1.0"
 
 
-def test_version_is_asked_once_for_all_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_version_is_asked_once_per_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     count = tmp_path / "count"
-    own = script(tmp_path / "my++", f"echo x >> {count}; echo my++ 1.0")
+    own = script(tmp_path / "my++", f'echo x >> {count}; echo "my++ $VERSION"; echo noise >&2')
     monkeypatch.setenv("CXX", own)
-    for _ in range(3):
-        assert "my++ 1.0" in compiler_identity("host")
+    for version in ("1.0", "1.1"):  # the file stays
+        monkeypatch.setenv("VERSION", version)
         compile_module._version.cache_clear()  # as in a new process
-    assert count.read_text() == "x\n"
-    script(tmp_path / "my++", f"echo x >> {count}; echo my++ 1.0.1")  # an update changes size or time
-    assert "my++ 1.0.1" in compiler_identity("host")
+        for _ in range(3):
+            assert compiler_identity("host").startswith(f"my++ {version} ")
+    assert count.read_text() == "x\nx\n"
+
+
+def start(name: str) -> tuple[threading.Thread, list[BaseException]]:
+    """Compile in a thread of its own, as ``compile --arch all`` does."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            compile_text(GOOD, name=name, arch="host")
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread, errors
+
+
+def wait_for(path: Path) -> str:
+    deadline = time.monotonic() + 30
+    while not (path.exists() and path.read_text().endswith("\n")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return path.read_text().strip()
+
+
+def is_running(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+def ends(process: str) -> bool:
+    """Whether it is gone within seconds: it would sleep for a minute."""
+    deadline = time.monotonic() + 20
+    while is_running(process) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not is_running(process)
+
+
+SLEEPER = 'case "$*" in *--version) echo v; exit;; esac; {trap} sleep 60 & echo $! > {pid}; touch "$TMPDIR/cc1.s"; wait'
+
+
+@pytest.mark.parametrize("trap", ["", "trap '' TERM;"], ids=["dies", "ignores SIGTERM"])
+def test_running_compilers_can_be_ended(trap: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pid, temporary = tmp_path / "pid", tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(compile_module, "_TERMINATE_S", 0.2)
+    monkeypatch.setenv("CXX", script(tmp_path / "my++", SLEEPER.format(trap=trap, pid=pid)))
+    thread, errors = start("answer")
+    child = wait_for(pid)
+    assert is_running(child) and list(temporary.iterdir())
+    assert terminate_running() == 1
+    thread.join(30)
+    (error,) = errors
+    assert isinstance(error, CompileError) and "was ended" in str(error) and error.source_path is None
+    assert ends(child) and not list(temporary.iterdir())
+    assert terminate_running() == 0
+
+
+@needs_compiler
+def test_ctrl_c_ends_the_compiler(tmp_path: Path) -> None:
+    pid, temporary = tmp_path / "pid", tmp_path / "tmp"
+    temporary.mkdir()
+    own = script(tmp_path / "my++", SLEEPER.format(trap="", pid=pid))
+    code = f"from flashmoe_gen.compile import compile_text; compile_text({GOOD!r}, name='answer', arch='host')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "CXX": own, "TMPDIR": str(temporary)}, stderr=subprocess.PIPE
+    )
+    child = wait_for(pid)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert b"KeyboardInterrupt" in err
+    assert ends(child) and not list(temporary.iterdir())
+
+
+def test_only_zig_is_slow_at_first() -> None:
+    for command in (compile_module._ZIG, ("/opt/zig", "c++"), ("python3", "-m", "ziglang", "c++")):
+        assert "minute" in (slow_first_use(command) or "")
+    assert slow_first_use(("g++",)) is None and slow_first_use(("ccache", "clang++")) is None
+
+
+@pytest.mark.parametrize("home", ["absent", "a file", "fine", "set by the user"])
+def test_zig_gets_a_folder_where_its_own_cannot_be_made(
+    home: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache_dir: Path
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("ZIG_GLOBAL_CACHE_DIR", raising=False)
+    file = tmp_path / "file"
+    file.write_text("x")
+    homes = {
+        "absent": "/proc/absent",
+        "a file": str(file),
+        "fine": str(tmp_path / "home"),
+        "set by the user": "/proc/x",
+    }
+    monkeypatch.setenv("HOME", homes[home])
+    if home == "set by the user":
+        monkeypatch.setenv("ZIG_GLOBAL_CACHE_DIR", "/somewhere")
+    wanted = {} if home in ("fine", "set by the user") else {"ZIG_GLOBAL_CACHE_DIR": str(cache_dir / "zig")}
+    assert compile_module._zig_folder() == wanted
 
 
 def test_ziglang_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,51 +360,127 @@ def test_importing_does_not_import_cupy() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+PTX = b"// Compiler Build ID: CL-1\n// Cuda compilation tools, release 12.2, V12.2.140\n// Based on NVVM 7.0.1\n"
+
+
 def fake_nvrtc(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     class NVRTCError(RuntimeError):
         status = 5
 
     def refuse(program: object, options: tuple[str, ...]) -> None:
-        raise NVRTCError("NVRTC_ERROR_INVALID_OPTION (5)")
+        if options:  # none: it is asked for its version
+            raise NVRTCError("NVRTC_ERROR_INVALID_OPTION (5)")
 
     parts = {
         "NVRTCError": NVRTCError,
         "getVersion": lambda: (12, 2),
+        "getPTX": lambda program: PTX,
         "createProgram": lambda *args: 1,
         "destroyProgram": lambda program: None,
         "compileProgram": refuse,
         "getProgramLog": lambda program: "nvrtc: error: invalid value for --gpu-architecture (-arch)\n\0",
     }
     module = SimpleNamespace(**{**parts, **changes})
-    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(nvrtc=module))
+    monkeypatch.setattr(packages, "import_cupy", lambda name: SimpleNamespace(nvrtc=module))
+    nvrtc._load.cache_clear()
+
+
+def test_missing_cupy_or_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot_load() -> None:
+        raise RuntimeError("libnvrtc.so.12: cannot open shared object file")
+
+    cases: list[tuple[Exception | None, str]] = [
+        (UnsupportedError("CuPy is not installed: `pip install x`."), "CuPy is not installed: `pip install x`"),
+        (FlashMoEError("CuPy is installed, but cannot be imported: ..."), "is installed, but cannot be imported"),
+        (None, "libnvrtc.so.12: cannot open"),
+    ]
+    for error, text in cases:
+        with monkeypatch.context() as patch:
+            fake_nvrtc(patch, getVersion=cannot_load)
+            if error:
+                patch.setattr(packages, "import_cupy", fail_with(error))
+            with pytest.raises(CompileError, match="Compiling for a GPU needs") as caught:
+                compile_text("", name="k", arch="sm_90a")
+            assert text in str(caught.value)
+            assert ("pip install" in str(caught.value)) == (error is None or "not installed" in str(error))
+
+
+def fail_with(error: Exception) -> Callable[..., Any]:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_builds_of_nvrtc_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """13.2.78 and 13.2.86 both say 13.2, and some builds have no number."""
+    identities = set()
+    for build in ("CL-1\n// V13.2.78", "CL-2\n// V13.2.78", "UNKNOWN\n// V13.2.78", "UNKNOWN\n// V13.2.86"):
+        fake_nvrtc(monkeypatch, getVersion=lambda: (13, 2), getPTX=lambda p, b=build: f"// Build ID: {b}\n".encode())
+        identities.add(compiler_identity("sm_90a"))
+        assert "NVRTC 13.2." in compiler_identity("sm_90a")
+    assert len(identities) == 4
+    fake_nvrtc(monkeypatch, getPTX=lambda program: b".version 9.2\n")
+    with pytest.raises(CompileError, match="does not tell its build"):
+        compiler_identity("sm_90a")
 
 
 @pytest.mark.parametrize(
-    "error", [ImportError("No module named 'cupy'"), RuntimeError("no libnvrtc"), OSError("cache")]
+    "line",
+    [
+        "ptxas info    : (C7504) Potential Performance Loss: 'setmaxnreg' ignored to maintain compatibility",
+        "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored; unable to determine register count",
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to x",
+        "ptxas warning : Instruction 'setmaxnreg' is ignored",
+    ],
 )
-def test_missing_cupy_or_nvrtc(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object) -> None:
-        raise error
+def test_what_ptxas_ignored_is_an_error(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = f"ptxas info    : 0 bytes gmem\n{line}\nptxas info    : Used 168 registers\n"
+    fake_nvrtc(
+        monkeypatch, compileProgram=lambda *args: None, getCUBIN=lambda p: b"", getProgramLog=lambda p: log + "\0"
+    )
+    with pytest.raises(CompileError) as caught:
+        compile_text("the text", name="k", arch="sm_90a")
+    assert line in str(caught.value).split("\n")[0] and caught.value.log == log.strip()
+    assert caught.value.source_path and caught.value.source_path.read_text() == "the text"
 
-    for place in ("import", "load"):
-        with monkeypatch.context() as patch:
-            if place == "import":
-                patch.setattr(importlib, "import_module", fail)
-            else:
-                fake_nvrtc(patch, getVersion=fail)
-            with pytest.raises(CompileError) as caught:
-                compile_text("", name="k", arch="sm_90a")
-        for word in ('pip install "flashmoe_gen[cu12]"', 'pip install "flashmoe_gen[cu13]"', str(error)):
-            assert word in str(caught.value)
+
+@pytest.mark.parametrize(
+    "options,word",
+    [
+        (("-arch=sm_80",), "-arch=sm_80"),
+        (("-arch", "sm_80"), "-arch=sm_80"),
+        ((" --gpu-architecture=compute_90",), "--gpu-architecture=compute_90"),
+        (("-DX", "--gpu-architecture", "sm_90"), "--gpu-architecture=sm_90"),
+        (("-arch",), "-arch="),
+        (("-rdc=true",), "-rdc=true"),
+        (("-rdc", "true"), "-rdc=true"),
+        (("--relocatable-device-code=true",), "--relocatable-device-code=true"),
+        (("-dc",), "-dc"),
+        (("--device-c",), "--device-c"),
+        (("-dlto",), "-dlto"),
+        (("--dlink-time-opt",), "--dlink-time-opt"),
+        (("-optix-ir",), "-optix-ir"),
+    ],
+)
+def test_options_that_contradict_ours(options: tuple[str, ...], word: str) -> None:
+    with pytest.raises(SpecError, match="is not valid") as caught:
+        compile_text("", name="k", arch="sm_90a", options=options)
+    assert word in str(caught.value)
+
+
+def test_options_that_agree() -> None:
+    nvrtc.check_options(("-arch=sm_90a", "-rdc=false", "-maxrregcount=32", "-DARCH=sm_80", "-lineinfo"), "sm_90a")
+    nvrtc.check_options(("--gpu-architecture", "sm_90a", "--relocatable-device-code", "false"), "sm_90a")
 
 
 def test_nvrtc_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(arch_module.ARCHS, "sm_999", arch_module.Arch("sm_999", "sm80", 0, 0))
     fake_nvrtc(monkeypatch)
-    with pytest.raises(UnsupportedError, match=r"NVRTC 12\.2 cannot compile for 'sm_999'"):
+    with pytest.raises(UnsupportedError, match=r"NVRTC 12\.2\.140 cannot compile for 'sm_999'"):
         compile_text("", name="k", arch="sm_999")
     fake_nvrtc(monkeypatch, getProgramLog=lambda program: "nvrtc: error: unrecognized option --wrong")
-    with pytest.raises(CompileError, match=r"NVRTC 12\.2 refused k for sm_80"):
+    with pytest.raises(CompileError, match=r"NVRTC 12\.2\.140 refused k for sm_80"):
         compile_text("", name="k", arch="sm_80", options=("--wrong",))
 
 

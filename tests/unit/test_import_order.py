@@ -17,14 +17,14 @@ ROOT = Path(flashmoe_gen.__file__).parent
 
 # A module imports, when it is imported itself, only from its own room and those before it.
 ROOMS = [
-    "errors dtypes arch env",
+    "errors dtypes arch env files packages trust locks",
     "spec hf_config presets reference instrument",
     "plan args layout",
     "render",
-    "compile cubin link",
+    "compile cubin nvrtc link",
     "cache",
     "launch arrays comm experts",
-    "router layer",
+    "call counters router layer",
     "tune bench trace compat",
     "__init__",
     "cli __main__",
