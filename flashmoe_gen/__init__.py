@@ -1,6 +1,7 @@
 """flashmoe_gen: generate, compile and run fused Mixture-of-Experts layers."""
 
 from . import comm, reference
+from .counters import LayerStats
 from .errors import (
     CacheError,
     CommError,
@@ -12,7 +13,7 @@ from .errors import (
 )
 from .experts import Experts
 from .instrument import Instrument
-from .layer import LayerStats, MoELayer
+from .layer import MoELayer
 from .plan import TileConfig, default_tile
 from .presets import PRESETS
 from .render import KernelSource, generate

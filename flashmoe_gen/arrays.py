@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -155,23 +156,22 @@ def _require_device(name: str, found: str, device: str | None) -> None:
         raise SpecError(f"{name} is on {found!r}, but this layer runs on {device!r}.")
 
 
-def _capsule(array: Any, kind: int) -> object:
+def _capsule(array: Any, kind: int, stream: int) -> object:
     """Ask for a versioned capsule, which says whether its memory is read-only; older exporters know no versions."""
-    # The caller orders streams, as everywhere in this package: no synchronisation through DLPack.
-    options: dict[str, Any] = {} if kind in _CPU_DEVICES else {"stream": -1}
+    options: dict[str, Any] = {} if kind in _CPU_DEVICES else {"stream": stream}
     try:
         return array.__dlpack__(**options, max_version=_DL_VERSION)
     except TypeError:
         return array.__dlpack__(**options)
 
 
-def _dlpack_view(array: Any, name: str, device: str | None) -> View:
+def _dlpack_view(array: Any, name: str, device: str | None, stream: int) -> View:
     _refuse_gradient(array, name)
     try:
         kind, index = map(int, array.__dlpack_device__())
         found = "cpu" if kind in _CPU_DEVICES else f"{_DL_DEVICES.get(kind, f'DLPack device type {kind}')}:{index}"
         _require_device(name, found, device)
-        capsule = _capsule(array, kind)
+        capsule = _capsule(array, kind, stream)
     except SpecError:
         raise
     except Exception as error:
@@ -197,6 +197,7 @@ def _dlpack_view(array: Any, name: str, device: str | None) -> View:
     return View(pointer, shape, strides, dtype, read_only, found, array, capsule)
 
 
+NO_STREAM = -1  # DLPack: the caller has ordered what comes before
 _UNSAID = "does not say that it may be written: it does not speak DLPack 1.0, and others may share its memory"
 _VIEWS = {"torch": _torch_view, "cupy": _cupy_view, "cupyx": _cupy_view}
 
@@ -217,8 +218,8 @@ def identity(array: Any) -> Any:
     return object()  # it lends its memory through a capsule: look again each time
 
 
-def view(array: Any, name: str, device: str | None = None) -> View:
-    """Look at an array without copying it.
+def view(array: Any, name: str, device: str | None = None, stream: int = NO_STREAM) -> View:
+    """Look at an array without copying it. What speaks DLPack alone lets ``stream`` wait until its memory is ready.
 
     Raises:
         SpecError: not an array, or not on ``device``.
@@ -229,7 +230,7 @@ def view(array: Any, name: str, device: str | None = None) -> View:
     if known := _VIEWS.get(_library(array)):
         return known(array, name)
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
-        return _dlpack_view(array, name, device)
+        return _dlpack_view(array, name, device, stream)
     raise SpecError(f"{name} is a {type(array).__name__}. Must be a NumPy, CuPy or torch array, or an object with __dlpack__.")
 
 
@@ -240,6 +241,7 @@ def checked(
     dtype: str,
     *,
     device: str = "cpu",
+    stream: int = NO_STREAM,
     contiguous: bool = True,
     alignment: int = 1,
 ) -> View:
@@ -251,7 +253,7 @@ def checked(
         SpecError: wrong device, shape, dtype, strides or alignment; names the argument, what it is and what it must be.
         UnsupportedError: as :func:`view`.
     """
-    found = view(array, name, device)
+    found = view(array, name, device, stream)
     _require_device(name, found.device, device)
     if found.dtype != dtype:
         raise SpecError(f"{name} has dtype {found.dtype}. Must be {dtype}.")
@@ -275,7 +277,7 @@ def checked(
     return found
 
 
-def writable(array: Any, name: str, shape: Sequence[int | None], dtype: str, *, device: str, alignment: int) -> View:
+def writable(array: Any, name: str, shape: Sequence[int | None], dtype: str, **options: Any) -> View:
     """As :func:`checked`, of an array that will be written into.
 
     Raises:
@@ -283,29 +285,30 @@ def writable(array: Any, name: str, shape: Sequence[int | None], dtype: str, *, 
     """
     if _library(array) in ("jax", "jaxlib"):
         raise SpecError(f"{name} is a JAX array, which is immutable: others may share its memory. Leave {name}= out.")
-    found = checked(array, name, shape, dtype, device=device, alignment=alignment)
+    found = checked(array, name, shape, dtype, **options)
     if found.read_only:
         raise SpecError(f"{name} {found.read_only}.")
     return found
 
 
 def empty_like(array: Any, shape: Sequence[int], dtype: str) -> Any:
-    """Memory for an output that goes with ``array``: of its library for torch and CuPy, NumPy for others (see :func:`exported`)."""
+    """Memory for an output that goes with ``array``: of torch for torch, else CuPy's or NumPy's (see :func:`exported`)."""
     library = _library(array)
     if library == "torch":
         torch = sys.modules["torch"]
         return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=array.device)
     made = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
-    if library == "cupy":
-        return sys.modules["cupy"].empty(shape, made)
-    if library != "numpy" and array.__dlpack_device__()[0] not in _CPU_DEVICES:
-        raise SpecError(f"No output can be made for a {type(array).__module__}.{type(array).__name__} on a GPU. Pass out=.")
+    if library == "cupy" or (library != "numpy" and array.__dlpack_device__()[0] not in _CPU_DEVICES):
+        return importlib.import_module("cupy").empty(shape, made)
     return np.empty(shape, made)
 
 
 def exported(result: Any, array: Any) -> Any:
     """An output of :func:`empty_like` as the kind of ``array``: JAX arrays are immutable, so theirs are made at the end."""
-    return sys.modules["jax"].numpy.asarray(result) if _library(array).startswith("jax") else result
+    if not _library(array).startswith("jax"):
+        return result
+    jax = importlib.import_module("jax")
+    return jax.numpy.asarray(result) if isinstance(result, np.ndarray) else jax.dlpack.from_dlpack(result)
 
 
 def is_torch_int64(array: Any) -> bool:

@@ -74,25 +74,36 @@ class Packer:
         self._prepared: tuple[bytes, tuple[Any, ...]] = (b"", ())  # for these weights in this generation of the heap
 
     def __call__(
-        self, x: Any, topk_ids: Any, topk_weights: Any, experts: Experts, out: Any, num_tokens: Any
+        self,
+        x: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        experts: Experts,
+        out: Any,
+        num_tokens: Any,
+        stream: int = arrays.NO_STREAM,
     ) -> PackedCall:
-        """Check and pack; arguments and errors as :meth:`flashmoe_gen.MoELayer.__call__`."""
-        spec, device = self.spec, self._target.device
-        tokens = arrays.checked(x, "x", (None, spec.hidden_size), spec.dtype, device=device, alignment=16)
+        """Check and pack; arguments and errors as :meth:`flashmoe_gen.MoELayer.__call__`.
+
+        ``stream`` is for DLPack: what waits until the memory of foreign arrays is ready.
+        """
+        spec = self.spec
+        where: dict[str, Any] = {"device": self._target.device, "stream": stream}
+        tokens = arrays.checked(x, "x", (None, spec.hidden_size), spec.dtype, **where, alignment=16)
         count = tokens.shape[0]
         if count > spec.max_tokens:
             raise SpecError(f"x has {count} tokens. Must be at most max_tokens={spec.max_tokens}.")
         wide = arrays.is_torch_int64(topk_ids)
-        ids = arrays.checked(topk_ids, "topk_ids", (count, spec.top_k), "int64" if wide else "int32", device=device)
-        weights = arrays.checked(topk_weights, "topk_weights", (count, spec.top_k), "float32", device=device)
+        ids = arrays.checked(topk_ids, "topk_ids", (count, spec.top_k), "int64" if wide else "int32", **where)
+        weights = arrays.checked(topk_weights, "topk_weights", (count, spec.top_k), "float32", **where)
         if not isinstance(experts, Experts):
             raise SpecError(f"experts is a {type(experts).__name__}. Must be a flashmoe_gen.Experts.")
-        limit, counter = _token_limit(num_tokens, count, device)
-        if device == "cpu":
+        limit, counter = _token_limit(num_tokens, count, where)
+        if self._target.device == "cpu":
             _check_ids(ids.numpy()[:limit], spec.num_experts)
         result = arrays.empty_like(x, tokens.shape, spec.dtype) if out is None else out
-        y = arrays.writable(result, "out", tokens.shape, spec.dtype, device=device, alignment=16)
-        bound = experts.bind(spec, self._local_experts, device)
+        y = arrays.writable(result, "out", tokens.shape, spec.dtype, **where, alignment=16)
+        bound = experts.bind(spec, self._local_experts, **where)
         args, prepared = self._args_for(bound)
         for name, view in (("x", tokens), ("topk_ids", ids), ("topk_weights", weights), ("y", y)):
             args[name] = view.pointer
@@ -126,15 +137,15 @@ def _check_ids(ids: np.ndarray[Any, Any], experts: int) -> None:
         )
 
 
-def _token_limit(num_tokens: Any, count: int, device: str) -> tuple[int, arrays.View | None]:
+def _token_limit(num_tokens: Any, count: int, where: dict[str, Any]) -> tuple[int, arrays.View | None]:
     """Tokens of the call, and where their number is when only the GPU knows it."""
     if num_tokens is None:
         return count, None
     if isinstance(num_tokens, (int, np.integer)):
         limit = int(num_tokens)
     else:
-        found = arrays.checked(num_tokens, "num_tokens", (1,), "int32", device=device)
-        if device != "cpu":
+        found = arrays.checked(num_tokens, "num_tokens", (1,), "int32", **where)
+        if where["device"] != "cpu":
             return count, found
         limit = int(found.numpy()[0])
     if not 0 <= limit <= count:

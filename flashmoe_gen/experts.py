@@ -88,8 +88,10 @@ class Experts:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_bound": {}}  # addresses of this process
 
-    def bind(self, spec: MoESpec, local_experts: int, device: str) -> BoundExperts:
+    def bind(self, spec: MoESpec, local_experts: int, device: str, stream: int = arrays.NO_STREAM) -> BoundExperts:
         """The weights of a rank that holds ``local_experts`` experts on ``device``: the same object while nothing has moved.
+
+        ``stream`` is for DLPack: what waits until the memory of foreign arrays is ready.
 
         Raises:
             SpecError: an array is missing, not wanted, or of the wrong device, shape, dtype or strides; names it.
@@ -99,7 +101,8 @@ class Experts:
         bound = self._bound.get(key)
         if bound is None or bound.identities != identities:
             views: dict[str, arrays.View] = {}
-            fields = _Check(self._arrays, self._interleaved, device, views).fields(spec, local_experts)
+            look = _Check(self._arrays, self._interleaved, {"device": device, "stream": stream}, views)
+            fields = look.fields(spec, local_experts)
             bound = BoundExperts(fields, tuple(views.values()), identities)
             if not any(view.capsule for view in bound.views):
                 self._bound[key] = bound
@@ -117,7 +120,7 @@ class _Check:
 
     _arrays: dict[str, Any]
     _interleaved: bool
-    _device: str
+    _where: dict[str, Any]
     _views: dict[str, arrays.View]
 
     def fields(self, spec: MoESpec, experts: int) -> dict[str, int]:
@@ -151,7 +154,7 @@ class _Check:
     def _view(self, spec: MoESpec, name: str, shape: tuple[int, ...]) -> arrays.View:
         if self._arrays[name] is None:
             raise SpecError(f"{name}= is missing. Must be {shape} of {spec.dtype}.")
-        view = arrays.checked(self._arrays[name], name, shape, spec.dtype, device=self._device, contiguous=False)
+        view = arrays.checked(self._arrays[name], name, shape, spec.dtype, **self._where, contiguous=False)
         self._views[name] = view
         return view
 

@@ -289,8 +289,8 @@ class MoELayer:
         """
         with self.comm.call(self._number):
             self._require_open()
-            packed = self._pack(x, topk_ids, topk_weights, experts, out, num_tokens)
             chosen = self._stream if stream is None and self._stream is not None else self._target.stream(stream, x)
+            packed = self._pack(x, topk_ids, topk_weights, experts, out, num_tokens, self._target.dlpack_stream(chosen))
             self.comm.run(self._target, chosen, lambda stop: self._launch(packed, chosen, stop))
             if packed.lent:
                 self._target.keep(chosen, packed.views)

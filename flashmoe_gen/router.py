@@ -49,20 +49,21 @@ class Router:
         self, x: Any, router_weight: Any, *, logit_bias: Any = None, selection_bias: Any = None, stream: Any = None
     ) -> tuple[Any, Any]:
         """Route ``x``; arguments, result and errors as :meth:`flashmoe_gen.MoELayer.route`."""
-        spec, device = self.spec, self._target.device
-        experts = spec.num_experts
-        tokens = arrays.checked(x, "x", (None, spec.hidden_size), spec.dtype, device=device, alignment=16)
+        spec, experts = self.spec, self.spec.num_experts
+        chosen = self._target.stream(None, x) if stream is None else stream
+        where: dict[str, Any] = {"device": self._target.device, "stream": self._target.dlpack_stream(chosen)}
+        tokens = arrays.checked(x, "x", (None, spec.hidden_size), spec.dtype, **where, alignment=16)
         count = tokens.shape[0]
         if count > spec.max_tokens:
             raise SpecError(f"x has {count} tokens. Must be at most max_tokens={spec.max_tokens}.")
         shape = (experts, spec.hidden_size)
         views = {
             "x": tokens,
-            "router_weight": arrays.checked(router_weight, "router_weight", shape, spec.dtype, device=device, alignment=16),
+            "router_weight": arrays.checked(router_weight, "router_weight", shape, spec.dtype, **where, alignment=16),
         }
         for name, bias in (("logit_bias", logit_bias), ("selection_bias", selection_bias)):
             if bias is not None:
-                views[name] = arrays.checked(bias, name, (experts,), "float32", device=device)
+                views[name] = arrays.checked(bias, name, (experts,), "float32", **where)
         ids, weights = (arrays.empty_like(x, (count, spec.top_k), dtype) for dtype in ("int32", "float32"))
         views |= {"topk_ids": arrays.view(ids, "topk_ids"), "topk_weights": arrays.view(weights, "topk_weights")}
         args = self._args.copy()
@@ -72,7 +73,6 @@ class Router:
         if count:
             wanted = self._plan.blocks(count, experts, 1 << 30) if self._plan.threads else count
             workers = self._target.router_workers(self._kernel, count, wanted)
-            chosen = self._target.stream(None, x) if stream is None else stream
             self._launch(args, workers, chosen, tuple(views.values()))
         return arrays.exported(ids, x), arrays.exported(weights, x)
 

@@ -192,50 +192,48 @@ class Communicator:
                 group.changed.notify_all()
             raise
 
-    @contextmanager
-    def call(self, layer: int) -> Iterator[None]:
+    def call(self, layer: int) -> _Call:
         """Around one call of a layer: no other call of this rank meanwhile, and peers learn of a failure.
 
         Raises:
             CommError: closed, failed, refused by a peer, not made by all ranks; or (several ranks) another thread calls.
             KernelTimeoutError: as :meth:`check`.
         """
-        alone = self.world_size == 1
-        if not self._turn.acquire(blocking=alone):
-            why = (
-                f"Rank {self.rank} is called from two threads at the same time. With several ranks, calls of a rank must follow "
-                "each other; each rank needs a communicator of its own."
-            )
-            if self._meeting:  # the other call waits for peers that may never come
-                self._group.fail(why)
-            raise CommError(why)
-        try:
-            with self.lock, self.telling():
-                self.check()
-                if not alone:
-                    self._meet(layer)
-                yield
-        finally:
-            self._turn.release()
+        return _Call(self, layer)
 
     @contextmanager
     def telling(self) -> Iterator[None]:
         """Tell the other ranks of an error, if they are, or will be, in a call that this rank does not make."""
-        group, begun = self._group, self._group.begun[self.rank]
+        begun = self._group.begun[self.rank]
         try:
             yield
         except BaseException as error:
-            why = f"Rank {self.rank} raised {_reason(error)}"
-            interrupted = not isinstance(error, Exception)
-            with group.lock:
-                if self.world_size == 1:
-                    if interrupted and group.running == 0:
-                        group.clear()
-                elif interrupted or group.begun[self.rank] != begun or max(group.begun) > begun:
-                    group.fail(why)
-                elif not group.failure:
-                    group.refused[self.rank] = why  # until it makes the call after all
+            self._tell(error, begun)
             raise
+
+    def _tell(self, error: BaseException, begun: int) -> None:
+        """``begun``: how many calls this rank had begun before what raised."""
+        group, why = self._group, f"Rank {self.rank} raised {_reason(error)}"
+        interrupted = not isinstance(error, Exception)
+        with group.lock:
+            if self.world_size == 1:
+                if interrupted and group.running == 0:
+                    group.clear()
+            elif interrupted or group.begun[self.rank] != begun or max(group.begun) > begun:
+                group.fail(why)
+            elif not group.failure:
+                group.refused[self.rank] = why  # until it makes the call after all
+
+    def _take_turn(self) -> None:
+        if self._turn.acquire(blocking=False):
+            return
+        why = (
+            f"Rank {self.rank} is called from two threads at the same time. With several ranks, calls of a rank must follow "
+            "each other; each rank needs a communicator of its own."
+        )
+        if self._meeting:  # the other call waits for peers that may never come
+            self._group.fail(why)
+        raise CommError(why)
 
     def _meet(self, layer: int) -> None:
         """Wait for peers that have not made the layer yet; raise if one has refused the call that this rank begins."""
@@ -291,7 +289,10 @@ class Communicator:
                 raise CommError("The call was ended: another one was interrupted.")
 
     def _raise_failure(self) -> None:
-        record = self._group.records[self.rank][0]
+        group = self._group
+        if not group.failure and not any(flag.value for flag in group.filled):  # every call comes by here
+            return
+        record = group.records[self.rank][0]
         if record["filled"]:
             raise KernelTimeoutError(
                 rank=int(record["rank"]),
@@ -301,16 +302,45 @@ class Communicator:
                 expected=int(record["expected"]),
                 seen=int(record["seen"]),
             )
-        why = self._group.failure
-        for rank, other in enumerate(self._group.records):
-            if other[0]["filled"]:
-                why = f"a wait of rank {rank} passed its deadline."
-        if why:
-            raise CommError(f"The communicator has failed: {why} Call reset() on every rank.")
+        late = [f"a wait of rank {rank} passed its deadline." for rank, flag in enumerate(group.filled) if flag.value]
+        raise CommError(f"The communicator has failed: {(late or [group.failure])[0]} Call reset() on every rank.")
 
     def _require_open(self) -> None:
         if self._group.closed:
             raise CommError("The communicator is closed.")
+
+
+class _Call:
+    """A context manager of few steps: it is on the way of every call."""
+
+    __slots__ = ("_begun", "_comm", "_layer")
+
+    def __init__(self, comm: Communicator, layer: int) -> None:
+        self._comm, self._layer = comm, layer
+
+    def __enter__(self) -> None:
+        comm = self._comm
+        if comm.world_size > 1:
+            comm._take_turn()
+        comm.lock.acquire()
+        self._begun = comm._group.begun[comm.rank]
+        try:
+            comm.check()
+            if comm.world_size > 1:
+                comm._meet(self._layer)
+        except BaseException as error:
+            self.__exit__(type(error), error)
+            raise
+
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        comm = self._comm
+        try:
+            if error is not None:
+                comm._tell(error, self._begun)
+        finally:
+            comm.lock.release()
+            if comm.world_size > 1:
+                comm._turn.release()
 
 
 def _reason(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 import weakref
@@ -26,6 +27,12 @@ class Restarts(Protocol):
         """Clear all counters."""
 
 
+def _flags(records: list[np.ndarray[Any, Any]]) -> list[ctypes.c_uint32]:
+    """Whether each record is filled, looked at without NumPy, which takes long for one number."""
+    assert ABORT_RECORD.fields[0].name == "filled"
+    return [ctypes.c_uint32.from_address(record.ctypes.data) for record in records]
+
+
 class Group:
     """What the in-process ranks of one communicator share. The first layer binds it to a target and makes the heaps."""
 
@@ -40,6 +47,7 @@ class Group:
         self.closed = False
         self.target: Target | None = None
         self.records = [ABORT_RECORD.zeros() for _ in range(world_size)]
+        self.filled = _flags(self.records)
         self.needs = HeapNeeds()
         self.layout = HeapLayout.of(self.needs, world_size)
         self.heaps: list[Memory] = []
@@ -57,6 +65,7 @@ class Group:
         if self.target is None:
             self.target = target
             self.records = [target.record(record) for record in self.records]
+            self.filled = _flags(self.records)
         elif (self.target.name, self.target.device) != (target.name, target.device):
             raise CommError(f"The communicator's layers run on {self.target.device}; this one would run on {target.device}.")
 

@@ -277,9 +277,13 @@ class CudaTarget:
 
         if given is not None:
             return _external_stream(given)
-        if type(array).__module__.partition(".")[0] == "torch":
-            return _external_stream(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(array, torch.Tensor) and array.is_cuda:
+            return _external_stream(torch.cuda.current_stream(array.device).cuda_stream)
         return cupy.cuda.get_current_stream()
+
+    def dlpack_stream(self, stream: Any) -> int:
+        return -1 if _is_capturing(stream) else stream.ptr or 1  # 1: the legacy default stream
 
     def prepare(self, kernel: Any, args: np.ndarray[Any, Any]) -> tuple[Any, ...]:
         return tuple(self._tensor_map(box, args[0]) for box in kernel.boxes)

@@ -167,6 +167,9 @@ class HostTarget:
             raise SpecError("stream= is not valid for target='host'.")
         return None
 
+    def dlpack_stream(self, stream: Any) -> int:
+        return -1
+
     def prepare(self, kernel: Any, args: np.ndarray[Any, Any]) -> tuple[Any, ...]:
         return ()
 

@@ -139,6 +139,9 @@ class Target(Protocol):
     def stream(self, given: Any, array: Any) -> Any:
         """The stream of a call: the one given, else the current one of the library ``array`` belongs to."""
 
+    def dlpack_stream(self, stream: Any) -> int:
+        """The stream as DLPack names it, which exporters let wait for their memory; -1: they must not."""
+
     def prepare(self, kernel: Kernel, args: np.ndarray[Any, Any]) -> tuple[Any, ...]:
         """What a launch passes after the argument struct: the same as long as the addresses in it are."""
 
