@@ -20,12 +20,14 @@ _TILES = ("gemm1", "gemm2")
 class Summary:
     """Where the time of one rank's call went, in microseconds from the start of its first party.
 
+    ``None`` where a trace does not tell: the host records no ``first_task``, and a rank without rows has no tiles.
+
     Attributes:
         total: until the last party has left.
         last_start: the last party (block, thread) has started.
         listed: every route is in its owner's list, and local rows can be read.
         first_task: the first task is known to a processor.
-        first_products: a matrix unit has its first operands (0 where a trace does not tell).
+        first_products: a matrix unit has its first operands.
         last_gemm1, last_gemm2: the last tile of each is finished.
         arrival_to_products: from ``listed`` to ``first_products``.
         tail: from ``last_gemm2`` to the end.
@@ -38,17 +40,17 @@ class Summary:
 
     total: float
     last_start: float
-    listed: float
-    first_task: float
-    first_products: float
-    last_gemm1: float
-    last_gemm2: float
-    arrival_to_products: float
-    tail: float
-    busy_percent: float
-    bubble: float
-    bubble_90: float
-    idle_at_end: float
+    listed: float | None
+    first_task: float | None
+    first_products: float | None
+    last_gemm1: float | None
+    last_gemm2: float | None
+    arrival_to_products: float | None
+    tail: float | None
+    busy_percent: float | None
+    bubble: float | None
+    bubble_90: float | None
+    idle_at_end: float | None
     tiles: int
 
 
@@ -64,17 +66,16 @@ def summarize(events: Events) -> Summary:
         raise SpecError(f"A summary is of one call, but these events hold {len(whole)} visits of {parties} parties.")
     origin = whole["start"].min()
 
-    def last(*works: str) -> float:
-        ends = np.concatenate([_of(events, work)["end"] for work in works])
-        return float(ends.max() - origin) / 1e3 if len(ends) else 0.0
+    def last(work: str) -> float | None:
+        ends = _of(events, work)["end"]
+        return float(ends.max() - origin) / 1e3 if len(ends) else None
 
     tiles = np.concatenate([_of(events, work) for work in _TILES])
     fills = {_place(fill): fill for fill in _of(events, "fill")}
     ends_of_products = {_place(part): part["start"] for part in _of(events, "epilogue")}
     gaps: list[float] = []
     idle: list[float] = []
-    busy = products = 0.0
-    first_products = np.inf
+    busy, first_products = 0.0, np.inf
     finish = tiles["end"].max() if len(tiles) else origin
     owners = np.unique(tiles[["party", "track"]])
     for owner in owners:
@@ -84,7 +85,6 @@ def summarize(events: Events) -> Summary:
             fill = fills.get(_place(tile))
             begin = float((fill["end"] if fill is not None else tile["start"]) - origin)
             end = float(ends_of_products.get(_place(tile), tile["end"]) - origin)
-            products += 1
             busy += end - begin
             first_products = min(first_products, begin)
             if before is not None:
@@ -92,22 +92,22 @@ def summarize(events: Events) -> Summary:
             before = end
         idle.append(float(finish - mine["end"].max()))
     total = float(whole["end"].max() - origin)
-    listed, begun = last("write_lists"), first_products / 1e3 if products else 0.0
-    fetched = _of(events, "resolve")
+    listed, last_gemm2, fetched = last("write_lists"), last("gemm2"), _of(events, "resolve")
+    begun = first_products / 1e3 if len(owners) else None
     return Summary(
         total=total / 1e3,
         last_start=float(whole["start"].max() - origin) / 1e3,
         listed=listed,
-        first_task=float(fetched["end"].min() - origin) / 1e3 if len(fetched) else 0.0,
+        first_task=float(fetched["end"].min() - origin) / 1e3 if len(fetched) else None,
         first_products=begun,
         last_gemm1=last("gemm1"),
-        last_gemm2=last("gemm2"),
-        arrival_to_products=begun - listed,
-        tail=total / 1e3 - last("gemm2"),
-        busy_percent=100 * busy / (total * len(owners)) if len(owners) else 0.0,
-        bubble=float(np.median(gaps)) / 1e3 if gaps else 0.0,
-        bubble_90=float(np.percentile(gaps, 90)) / 1e3 if gaps else 0.0,
-        idle_at_end=float(np.mean(idle)) / 1e3 if idle else 0.0,
+        last_gemm2=last_gemm2,
+        arrival_to_products=begun - listed if begun is not None and listed is not None else None,
+        tail=total / 1e3 - last_gemm2 if last_gemm2 is not None else None,
+        busy_percent=100 * busy / (total * len(owners)) if len(owners) and total else None,
+        bubble=float(np.median(gaps)) / 1e3 if gaps else None,
+        bubble_90=float(np.percentile(gaps, 90)) / 1e3 if gaps else None,
+        idle_at_end=float(np.mean(idle)) / 1e3 if idle else None,
         tiles=len(np.unique(tiles[["work", "what"]])),
     )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +17,7 @@ from ..errors import SpecError
 from ..launch.cuda import CudaTarget
 from ..plan import Program, TileConfig, default_tile
 from ..spec import MoESpec
-from . import console
+from . import console, files
 from .console import JsonFlag
 
 
@@ -38,33 +40,38 @@ def bench(
     json_: JsonFlag = False,
 ) -> None:
     """Time the layer: CUDA-graph replay, rotating random inputs, medians; needs a GPU."""
+    files.require_writable(output)
     counts = _counts(tokens)
     names = model or list(bench_room.MODELS)
     specs = {name: _spec(name, max(counts)) for name in names}
     arch = CudaTarget().arch
     tiles = {name: _tile(spec, arch, program) for name, spec in specs.items()}
-    ceilings = bench_room.measure_ceilings()
+    with console.step("measuring the ceilings of this GPU"):
+        ceilings = bench_room.measure_ceilings()
     console.note(
         f"{ceilings.device}, driver {ceilings.driver}: matmul {ceilings.matmul_tflops:.0f} TFLOP/s, "
         f"read {ceilings.read_gbs:.0f} GB/s"
     )
-    host_us = bench_room.bench_host(specs[names[0]])
+    with console.step(f"{names[0]}: timing what a call keeps the host"):
+        host_us = bench_room.bench_host(specs[names[0]])
     console.note(f"{names[0]}: a call keeps the host {host_us:.1f} us")
     layers, routers = [], []
     context = {
-        "version": __version__, "commit": commit, "command": " ".join(["flashmoe-gen", *sys.argv[1:]]), "program": program,
+        "version": __version__, "commit": commit, "command": shlex.join(["flashmoe-gen", *sys.argv[1:]]), "program": program,
         "host_us_per_call": host_us,
     }  # fmt: skip
     for name, spec in specs.items():
-        for timing in bench_room.bench_layer(name, spec, counts, ceilings, tile=tiles[name]):
-            layers.append(timing)
-            console.note(f"{name}, {timing.tokens} tokens: {timing.us:.1f} us, {timing.percent_of_floor:.0f} % of the floor")
-        for routed in bench_room.bench_router(name, spec, counts) if router else ():
-            routers.append(routed)
-            console.note(f"{name}, router, {routed.tokens} tokens: {routed.us:.1f} us")
+        with console.step(f"{name}: timing the layer"):
+            for timing in bench_room.bench_layer(name, spec, counts, ceilings, tile=tiles[name]):
+                layers.append(timing)
+                console.note(f"{name}, {timing.tokens} tokens: {timing.us:.1f} us, {timing.percent_of_floor:.0f} % of the floor")
+        with console.step(f"{name}: timing the router") if router else nullcontext():
+            for routed in bench_room.bench_router(name, spec, counts) if router else ():
+                routers.append(routed)
+                console.note(f"{name}, router, {routed.tokens} tokens: {routed.us:.1f} us")
         result = bench_room.report(ceilings, layers, routers, **context)
         if output is not None:  # after every model: who stops a long run keeps what it measured
-            output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            files.write(output, (json.dumps(result, indent=1) + "\n").encode())
     if json_:
         console.print_json(result)
         return

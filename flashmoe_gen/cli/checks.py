@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .. import comm, reference
+from .. import LayerStats, comm, reference
+from ..errors import CommError, FlashMoEError
 from ..instrument import Instrument
-from ..layer import LayerStats, MoELayer
+from ..layer import MoELayer
 from ..plan import TileConfig
 from ..spec import MoESpec, Placement
 from .problem import Array, Problem
@@ -77,6 +78,7 @@ class World:
         self._streams = [_new_stream() if gpu else None for _ in range(self.spec.world_size)]
         self._placement = Placement.default(self.spec.num_experts, self.spec.world_size)
         self._open = ExitStack()
+        self._comms = comm.local_group(self.spec.world_size)
         self.layers = [
             self._open.enter_context(
                 MoELayer(
@@ -89,7 +91,7 @@ class World:
                     instrument=instrument,
                 )
             )
-            for rank, stream in zip(comm.local_group(self.spec.world_size), self._streams)
+            for rank, stream in zip(self._comms, self._streams)
         ]
         self._experts = [problem.experts(self._placement, rank) for rank in range(self.spec.world_size)]
 
@@ -117,7 +119,7 @@ class World:
             y = layer(x, ids, weights, self._experts[rank])
             return ids, weights, y, routed - start, time.perf_counter() - routed
 
-        return _on_ranks(self.spec.world_size, call)
+        return _on_ranks(self.spec.world_size, call, lambda: self._comms[0].close(abort=True))
 
     def _on_streams(self, tokens: list[Array]) -> list[_Ran]:
         """Each rank on a stream of its own, timed there by CUDA events: a call on a GPU returns before it has run."""
@@ -243,7 +245,12 @@ def _new_stream() -> Any:
     return cupy.cuda.Stream(non_blocking=True)  # one that waits for the default stream would make ranks wait in turn
 
 
-def _on_ranks(world_size: int, work: Callable[[int], T]) -> list[T]:
+def _on_ranks(world_size: int, work: Callable[[int], T], abort: Callable[[], None]) -> list[T]:
+    """``work`` of every rank in a thread of its own.
+
+    An error, or Ctrl-C, ends the calls of all ranks by ``abort``: they would wait for the one that does not come. What is
+    raised is where it began, not what followed from it on the other ranks.
+    """
     results: list[Any] = [None] * world_size
     errors: list[BaseException] = []
 
@@ -252,12 +259,23 @@ def _on_ranks(world_size: int, work: Callable[[int], T]) -> list[T]:
             results[rank] = work(rank)
         except BaseException as error:
             errors.append(error)
+            abort()
 
-    threads = [threading.Thread(target=body, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    threads = [threading.Thread(target=body, args=(rank,), name=f"rank {rank}") for rank in range(world_size)]
+    started = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+        for thread in threads:
+            thread.join()
+    except BaseException as error:
+        abort()
+        for thread in started:
+            thread.join()
+        if isinstance(error, RuntimeError):
+            raise FlashMoEError(f"The system refused to start {world_size} threads: {error}.") from error
+        raise
     if errors:
-        raise errors[0]
+        raise min(errors, key=lambda error: type(error) is CommError)
     return results

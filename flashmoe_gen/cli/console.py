@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
-_PIPE_WIDTH = 120  # rich assumes 80 columns where there is no terminal, which cuts kernel names
+_PIPE_WIDTH = 120  # rich assumes 80 columns where there is no terminal
+_STILL_S = 10.0  # where there is no terminal to show a clock on: how often a slow step says that it is not over
 
 
-def _console(stderr: bool) -> Console:
+def _console(stderr: bool, at_least: int = 0) -> Console:
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else _PIPE_WIDTH, highlight=False)
+    console = Console(stderr=stderr, width=None if stream.isatty() else _PIPE_WIDTH, highlight=False)
+    if console.width < at_least:
+        console.width = at_least
+    return console
 
 
-def _print(what: Table | Text | str, **options: Any) -> None:
-    _console(stderr=False).print(what, **options)
+def _print(what: Table | Text | str, at_least: int = 0, **options: Any) -> None:
+    _console(stderr=False, at_least=at_least).print(what, **options)
     sys.stdout.flush()  # in order with progress on stderr, into a file too
 
 
@@ -48,32 +56,48 @@ def complain(message: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON; paths become strings."""
-    typer.echo(json.dumps(value, indent=2, default=_jsonable))
+    """Print a value as JSON; paths become strings, and numbers that JSON does not have (NaN, infinity) null."""
+    typer.echo(json.dumps(_plain(value), indent=2, allow_nan=False))
 
 
-def _jsonable(value: object) -> str:
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} is not JSON")
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], *, left: int = 1) -> None:
-    """Print a table whose first ``left`` columns are aligned to the left, the others to the right."""
+    """Print a table whose first ``left`` columns are aligned to the left, the others to the right.
+
+    No name or number is ever broken: a terminal that is too narrow gets one cell a line instead.
+    """
     if title:
-        _print(Text(title, "bold"))
+        _print(Text(title, "bold"), soft_wrap=True)
+    names, cells = list(columns), [[_text(value) for value in row] for row in rows]
     view = Table(header_style="bold cyan", box=None, pad_edge=False)
-    for index, column in enumerate(columns):
-        view.add_column(column, justify="left" if index < left else "right", overflow="fold")
-    for row in rows:
-        view.add_row(*map(_text, row))
-    _print(view)
+    for index, name in enumerate(names):
+        view.add_column(name, justify="left" if index < left else "right", no_wrap=True)
+    for row in cells:
+        view.add_row(*row)
+    console = _console(stderr=False)
+    width = Measurement.get(console, console.options.update(max_width=10_000), view).maximum
+    if width <= console.width or not console.is_terminal:
+        _print(view, at_least=width)
+        return
+    for number, row in enumerate(cells):
+        if number:
+            say()
+        pairs("", [(name, value) for name, value in zip(names, row) if name or value.plain])
 
 
 def pairs(title: str, rows: Iterable[tuple[str, object]]) -> None:
     """Print names and values, a line each; long values are not broken, so that a path can be copied."""
     listed = list(rows)
-    width = max(len(name) for name, _ in listed)
+    width = max((len(name) for name, _ in listed), default=0)
     if title:
         _print(Text(title, "bold"), soft_wrap=True)
     for name, value in listed:
@@ -85,34 +109,126 @@ def _text(value: object) -> Text:
     return value if isinstance(value, Text) else Text(str(value))
 
 
+def _idle() -> str:
+    return ""
+
+
+_doing: Callable[[], str] = _idle
+
+
+def doing() -> str:
+    """What is going on, in words; after an error or Ctrl-C: what it came into. Empty: nothing."""
+    return _doing()
+
+
+def start() -> None:
+    """Forget what an earlier command of this process was doing."""
+    global _doing
+    _doing = _idle
+
+
+@contextmanager
+def _noted(text: Callable[[], str]) -> Iterator[None]:
+    """Remember what is going on. An exception leaves it as it is: whoever reports it asks :func:`doing`."""
+    global _doing
+    before, _doing = _doing, text
+    yield
+    _doing = before
+
+
 @contextmanager
 def step(text: str) -> Iterator[None]:
-    """Show what is going on: a spinner on a terminal, a plain line elsewhere."""
-    console = _console(stderr=True)
-    if console.is_terminal:
-        with console.status(text):
+    """Show what is going on: a spinner and a clock on a terminal; a plain line elsewhere, and more if it takes long."""
+    with _noted(lambda: text), _bar(SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()) as bar:
+        if bar is not None:
+            bar.add_task(text, total=None)
             yield
-    else:
-        note(f"{text} ...")
-        yield
+        else:
+            note(f"{text} ...")
+            with _repeated(lambda: text):
+                yield
+
+
+class Tally:
+    """Things that are done several at a time, by name; :func:`progress` makes it.
+
+    Attributes:
+        done: call it with a line to print whenever one of them is done.
+    """
+
+    def __init__(self, verb: str, done: Callable[[str], None]) -> None:
+        self.done = done
+        self._verb = verb
+        self._running: list[str] = []
+
+    @contextmanager
+    def working_on(self, name: str) -> Iterator[None]:
+        """Say that this one is being done, from any thread."""
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._running.remove(name)
+
+    def __str__(self) -> str:
+        return f"{self._verb} {', '.join(self._running)}".strip()
 
 
 @contextmanager
-def progress(text: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Count ``total`` things: a bar on a terminal, a line for each elsewhere. Yields what to call when one is done."""
-    console = _console(stderr=True)
-    if not console.is_terminal:
-        yield note
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(text, total=total)
+def progress(verb: str, total: int) -> Iterator[Tally]:
+    """Count ``total`` things: a bar on a terminal; elsewhere a line for each, and more if one takes long."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with _bar(*columns) as bar:
+        if bar is None:
+            tally = Tally(verb, note)
+            note(f"{verb} ...")
+            with _noted(lambda: str(tally)), _repeated(lambda: str(tally)):
+                yield tally
+            return
+        task = bar.add_task(verb, total=total)
 
-        def done(what: str) -> None:
-            bar.console.print(what, style="dim", markup=False)
+        def done(line: str) -> None:
+            bar.console.print(line, style="dim", markup=False, soft_wrap=True)
             bar.advance(task)
 
-        yield done
+        tally = Tally(verb, done)
+        with _noted(lambda: str(tally)):
+            yield tally
+
+
+@contextmanager
+def _bar(*columns: Any) -> Iterator[Progress | None]:
+    """A live display, where there is a terminal that can show one."""
+    console = _console(stderr=True)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield None
+        return
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield bar
+
+
+@contextmanager
+def _repeated(text: Callable[[], str]) -> Iterator[None]:
+    """Say now and then that this is still going on, and for how long."""
+    over, begin = threading.Event(), time.monotonic()
+
+    def tick() -> None:
+        with suppress(OSError, ValueError):  # nobody reads stderr any more
+            while not over.wait(_STILL_S):
+                note(f"still {text()}, {time.monotonic() - begin:.0f} s")
+
+    threading.Thread(target=tick, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def show_cursor() -> None:
+    """Give a terminal its cursor back, which a live display hides: for those who leave without ending it."""
+    console = _console(stderr=True)
+    if console.is_terminal:
+        console.show_cursor(True)
 
 
 def size(count: float) -> str:

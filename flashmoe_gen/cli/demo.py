@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -16,15 +15,16 @@ from ..arch import ARCHS, get_arch
 from ..cache import CompiledKernel
 from ..errors import SpecError
 from ..launch.cuda import CudaTarget, device_name
-from ..launch.host import HostTarget, build_program
+from ..launch.host import HostTarget
 from ..plan import TileConfig, plan_kernel, resolve_combine
 from ..render import KernelSource, generate
 from ..spec import MoESpec
 from . import console
+from .build import build, layer
 from .checks import Call, Check, World, check_outputs, check_routes, check_same, joined, output_bound, uneven
 from .console import JsonFlag, size
-from .options import SetOption, request
-from .problem import Problem, random_problem, require_memory, runtime_bytes, weight_bytes
+from .options import SetOption, checked_target, layer_fields, request
+from .problem import Problem, random_problem, ranks_of, require_memory, runtime_bytes, weight_bytes
 
 
 def demo(
@@ -39,21 +39,22 @@ def demo(
         int | None, typer.Option("--experts", help="Fewer experts than the model has.", show_default=False)
     ] = None,
     target: Annotated[
-        str,
-        typer.Option("--target", metavar="[host|cuda]", help="Where to run: on this machine, or on its current GPU."),
-    ] = "host",
+        str | None,
+        typer.Option(
+            "--target", metavar="[host|cuda]", help="Where to run: on this machine, or on its current GPU.",
+            show_default="FLASHMOE_TARGET, else host",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of weights and tokens.")] = 0,
     set_: SetOption = None,
     json_: JsonFlag = False,
 ) -> None:
     """Plan, generate, compile, run and check one MoE layer of a real model, with random weights."""
-    if target not in ("host", "cuda"):
-        raise SpecError(f"--target {target} is not valid. Must be host or cuda.")
-    fixed: dict[str, Any] = {"max_tokens": tokens, "world_size": ranks} | (
-        {"num_experts": experts} if experts is not None else {}
-    )
-    asked = request(model, None, set_, **fixed)
-    where = CudaTarget() if target == "cuda" else HostTarget()
+    chosen = checked_target(target, "host")
+    asked = request(model, None, set_, fixed=layer_fields(tokens, ranks, experts))
+    if asked.instrument.code:
+        raise SpecError(f"--set {next(iter(asked.instrument.code))} is not valid for demo. See flashmoe-gen trace.")
+    where = CudaTarget() if chosen == "cuda" else HostTarget()
     report = _Demo(model, asked.spec, asked.tile_for(where.arch), where, seed, quiet=json_)
     result = report.run()
     if json_:
@@ -75,8 +76,10 @@ class _Demo:
 
     def run(self) -> dict[str, Any]:
         start = time.perf_counter()
+        self._require_memory()
         plan = self._plan()
         kernels = self._kernels()
+        self._require_memory()  # again: compiling took time, and others may have taken memory
         with self._timed("weights", f"making {size(weight_bytes(self.spec))} of random weights"):
             problem = random_problem(self.spec, self.seed)
         ranks, checks = self._run_and_check(problem)
@@ -105,19 +108,15 @@ class _Demo:
         }
 
     @contextmanager
-    def _timed(self, name: str, text: str) -> Iterator[None]:
+    def _timed(self, name: str, text: str | None = None) -> Iterator[None]:
         start = time.perf_counter()
-        with console.step(text):
+        with console.step(text) if text is not None else nullcontext():
             yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def _plan(self) -> dict[str, Any]:
         spec, numbers = self.spec, plan_kernel(self.spec, self.tile, self.arch)
-        heap, workspace = self._runtime_bytes(spec)
-        needed = weight_bytes(spec) + spec.world_size * (heap + workspace) + sum(self._runtime_bytes(self._alone()))
-        require_memory(spec, weight_bytes(spec) if self.gpu else needed)
-        if self.gpu:
-            require_memory(spec, needed, gpu=True)
+        heap, workspace = runtime_bytes(spec, self.tile, self.target)
         tasks = numbers.gemm1_tiles + numbers.gemm2_tiles
         plan = {
             "gemm1_tiles": numbers.gemm1_tiles,
@@ -133,7 +132,7 @@ class _Demo:
             rows = [
                 (
                     "tokens",
-                    f"{spec.max_tokens} on each of {_ranks(spec)}, hidden_size {spec.hidden_size}, {spec.dtype}",
+                    f"{spec.max_tokens} on each of {ranks_of(spec)}, hidden_size {spec.hidden_size}, {spec.dtype}",
                 ),
                 (
                     "experts",
@@ -151,37 +150,24 @@ class _Demo:
             console.pairs(f"{self.model}: spec and plan", rows)
         return plan
 
-    def _runtime_bytes(self, spec: MoESpec) -> tuple[int, int]:
-        """Heap and workspace of a rank. A GPU's kernel is not there yet: it has the blocks its registers are planned for."""
-        if isinstance(self.target, HostTarget):
-            planners = processors = self.target.processors(None, spec.world_size)
-        else:
-            blocks = plan_kernel(spec, self.tile, self.arch).min_blocks * self.target.multiprocessors // spec.world_size
-            planners = max(1, blocks - self.target.system_workers)
-            processors = max(1, blocks // self.tile.cluster - 1)
-        return runtime_bytes(spec, self.tile, self.arch, processors, planners)
+    def _require_memory(self) -> None:
+        require_memory(self.spec, self.tile, self.target, self._alone())
 
     def _kernels(self) -> list[dict[str, Any]]:
-        where = self.arch if self.gpu else "the host"
-        with self._timed("compile", f"generating and compiling the kernels for {where}"):
-            sources = [
-                generate(self.spec, arch=self.arch, kernel=kernel, tile=self.tile) for kernel in ("router", "moe")
-            ]
-            with ThreadPoolExecutor(2) as pool:
-                launcher = None if self.gpu else pool.submit(build_program, "launcher")
-                compiled = list(pool.map(KernelSource.compile, sources))
-                if launcher is not None:
-                    launcher.result()
+        with self._timed("compile"):
+            jobs = layer(self.spec, self.arch, self.tile)
+            built = list(zip(jobs, build(jobs)))
+        found = [(job.source, kernel) for job, kernel in built if job.source is not None]
         if not self.quiet:
             rows = [
                 (source.name, source.digest[:12], len(source.text.splitlines()), _build_time(kernel))
-                for source, kernel in zip(sources, compiled)
+                for source, kernel in found
             ]
             title = f"GPU kernels ({self.arch})" if self.gpu else "Host kernels"
             console.table(f"\n{title}", ["kernel", "digest", "lines", "compiled"], rows)
         return [
             {**_described(source), "seconds": kernel.seconds, "from_cache": kernel.from_cache, "path": kernel.path}
-            for source, kernel in zip(sources, compiled)
+            for source, kernel in found
         ]
 
     def _run_and_check(self, problem: Problem) -> tuple[list[dict[str, Any]], list[Check]]:
@@ -190,7 +176,7 @@ class _Demo:
             with self._timed("weights", "copying the weights to the GPU"):
                 there = problem.on_gpu()
         with World(there, self.tile, gpu=self.gpu) as world:
-            with self._timed("run", f"running {_ranks(spec)}"):
+            with self._timed("run", f"running {ranks_of(spec)}"):
                 first = world.run(problem.tokens)
             with self._timed("run", "running again"):
                 second = world.run(problem.tokens)
@@ -267,10 +253,6 @@ class _Demo:
             console.table("\nThe same layer for GPUs (generated, not run)", columns, rows)
             console.say(f"Compile them, without a GPU: flashmoe-gen compile --model {self.model} --arch all")
         return found
-
-
-def _ranks(spec: MoESpec) -> str:
-    return "1 rank" if spec.world_size == 1 else f"{spec.world_size} ranks"
 
 
 def _build_time(kernel: CompiledKernel) -> str:

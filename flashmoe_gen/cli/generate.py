@@ -1,28 +1,27 @@
-"""``generate`` and ``compile``: one kernel as text, or compiled into the cache for one or more architectures."""
+"""``generate`` and ``compile``: one kernel as text, or all that a layer needs compiled into the cache."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..arch import ARCHS, get_arch
+from ..arch import ARCHS
 from ..cache import CompiledKernel
 from ..errors import FlashMoEError, SpecError
-from ..launch.host import build_program
-from ..plan import plan_kernel
-from ..render import KernelSource, generate
-from . import console
+from ..render import KernelSource
+from . import build, console
+from .build import Job
 from .console import JsonFlag
 from .options import (
     ConfigOption,
-    Kernel,
     KernelOption,
     ModelOption,
     Request,
     SetOption,
+    checked_archs,
     checked_kernel,
     request,
 )
@@ -41,8 +40,13 @@ def generate_command(
 ) -> None:
     """Write the source text of one kernel."""
     kind = checked_kernel(kernel)
-    get_arch(arch)
-    source = _generate(request(model, config, set_, kernel=kind), arch, kind)
+    checked_archs([arch])
+    if arch == "all":
+        raise SpecError(f"--arch all is not valid for generate. Must be one of {', '.join(ARCHS)}.")
+    asked = request(model, config, set_, kernel=kind)
+    source = _job(asked, arch, kind).source
+    assert source is not None
+    _note_unused(asked, [source])
     path = None
     if output is not None:
         try:
@@ -67,77 +71,82 @@ def compile_command(
         list[str] | None,
         typer.Option("--arch", "-a", help=f"One of {', '.join(ARCHS)}, or all; may be repeated.", show_default="host"),
     ] = None,
-    kernel: KernelOption = "moe",
+    kernel: Annotated[
+        str | None,
+        typer.Option("--kernel", "-k", metavar="[moe|router]", help="Only this one.", show_default="both, and what starts them"),
+    ] = None,
     set_: SetOption = None,
     json_: JsonFlag = False,
 ) -> None:
-    """Compile one kernel into the cache, for one or more architectures. Needs no GPU.
+    """Compile all that a layer needs into the cache, for one or more architectures. Needs no GPU.
 
-    For the host this also builds the program that starts kernels; with [cyan]--arch host[/] alone, only that.
+    That is its kernel, its router, and the small program that starts kernels (host) or prepares their arguments (GPU); without
+    a model only the latter.
     """
-    kind = checked_kernel(kernel)
-    archs = list(ARCHS) if arch and "all" in arch else list(dict.fromkeys(arch or ["host"]))
-    for name in archs:
-        get_arch(name)
-    asked = None
-    if model is not None or config is not None or set_ or archs != ["host"]:
-        asked = request(model, config, set_, kernel=kind)
-    results = _compile_all(asked, archs, kind)
+    kinds = build.KINDS if kernel is None else (checked_kernel(kernel),)
+    archs = checked_archs(arch or ["host"])
+    jobs: list[Job] = []
+    if model is not None or config is not None or set_ or kernel is not None:
+        asked = request(model, config, set_, kernel=kernel)
+        jobs = [_job(asked, name, kind) for name in archs for kind in kinds]
+        _note_unused(asked, [job.source for job in jobs if job.source is not None])
+    jobs += [build.program(name) for name in archs]
+    results = _compile_all(jobs)
     failed = [result for result in results if "error" in result]
     if json_:
         console.print_json(results)
     else:
         _show(results)
     if failed:
-        for result in failed:
-            console.complain(f"{result['arch']}: {result['error']['message']}")
+        for message in dict.fromkeys(result["error"]["message"] for result in failed):
+            which = dict.fromkeys(result["arch"] for result in failed if result["error"]["message"] == message)
+            console.complain(f"{', '.join(which)}: {message}")
         raise typer.Exit(1)
 
 
-def _generate(asked: Request, arch: str, kind: Kernel) -> KernelSource:
-    return generate(asked.spec, arch=arch, kernel=kind, tile=asked.tile_for(arch), instrument=asked.instrument)
+def _job(asked: Request, arch: str, kind: str) -> Job:
+    tile = None if kind == "router" else asked.tile_for(arch)
+    return build.kernel(asked.spec, arch, kind, tile, asked.instrument)
 
 
-def _compile_all(asked: Request | None, archs: list[str], kind: Kernel) -> list[dict[str, Any]]:
-    """Compile in two threads (compilers release the lock of Python); failures are results too."""
-    jobs = [(arch, True) for arch in archs if asked is not None]
-    jobs += [("host", False)] if "host" in archs else []  # the launcher
+def _note_unused(asked: Request, sources: list[KernelSource]) -> None:
+    """Say which fields change nothing here: they are checked, and then passed to a kernel when it is launched."""
+    used = {name for source in sources for part in ("spec", "tile") for name in source.metadata[part]}
+    used |= {field.name for field in dataclasses.fields(asked.instrument)}
+    if unused := [name for name in asked.chosen if name not in used]:
+        console.note(f"--set {', '.join(unused)}: no part of the text, the kernel takes it at launch; it changes nothing here")
 
-    def work(job: tuple[str, bool]) -> dict[str, Any]:
-        arch, is_kernel = job
-        try:
-            if not is_kernel or asked is None:
-                return _describe(build_program("launcher"))
-            return _compile(asked, arch, kind)
-        except SpecError:
-            raise
-        except FlashMoEError as error:
-            return {"arch": arch, "error": {"type": type(error).__name__, "message": str(error), "exit_code": 1}}
 
-    with console.progress("compiling", len(jobs)) as done, ThreadPoolExecutor(2) as pool:
-        futures = {pool.submit(work, job): index for index, job in enumerate(jobs)}
-        results: dict[int, dict[str, Any]] = {}
-        for future in as_completed(futures):
-            result = future.result()
-            results[futures[future]] = result
+def _compile_all(jobs: list[Job]) -> list[dict[str, Any]]:
+    """Compile them; failures are results too."""
+    with console.progress("compiling", len(jobs)) as tally:
+
+        def work(job: Job) -> dict[str, Any]:
+            with tally.working_on(str(job)):
+                try:
+                    return _describe(job, job.build())
+                except SpecError:
+                    raise
+                except FlashMoEError as error:
+                    described = {"type": type(error).__name__, "message": str(error), "exit_code": 1}
+                    return {"arch": job.arch, "kind": job.kind, "error": described}
+
+        def finished(result: dict[str, Any]) -> None:
             state = (
                 "failed" if "error" in result else "cached" if result["from_cache"] else f"{result['seconds']:.1f} s"
             )
-            done(f"{result['arch']} {result.get('name', '')} {state}")
-    return [results[index] for index in sorted(results)]
+            tally.done(f"{result['arch']} {result.get('name', result['kind'])} {state}")
+
+        return build.run_all(work, jobs, build.AT_A_TIME, finished)
 
 
-def _compile(asked: Request, arch: str, kind: Kernel) -> dict[str, Any]:
-    source = _generate(asked, arch, kind)
-    described = {"digest": source.digest, **_describe(source.compile())}
-    if kind == "moe":  # the router takes none at launch
-        described["shared_bytes"] += plan_kernel(asked.spec, asked.tile_for(arch), arch).shared_bytes
-    return described
-
-
-def _describe(compiled: CompiledKernel) -> dict[str, Any]:
+def _describe(job: Job, compiled: CompiledKernel) -> dict[str, Any]:
     names = ("name", "arch", "registers", "spill_bytes", "shared_bytes", "seconds", "from_cache", "compiler", "path")
-    return {name: getattr(compiled, name) for name in names}
+    described = {"kind": job.kind, **{name: getattr(compiled, name) for name in names}}
+    described["shared_bytes"] += job.shared_bytes
+    if job.source is not None:
+        described["digest"] = job.source.digest
+    return described
 
 
 def _show(results: list[dict[str, Any]]) -> None:
@@ -146,12 +155,13 @@ def _show(results: list[dict[str, Any]]) -> None:
         return
     rows = [
         (
-            result["arch"], result.get("digest", "launcher")[:12], result["registers"] or "-", result["spill_bytes"],
+            result["arch"], result["kind"], result.get("digest", "-")[:12], result["registers"] or "-", result["spill_bytes"],
             console.size(result["shared_bytes"]), f"{result['seconds']:.1f} s",
             "from the cache" if result["from_cache"] else "compiled now",
         )
         for result in built
     ]  # fmt: skip
-    console.table("", "arch,digest,registers,spill bytes,shared memory,compiled in,".split(","), rows, left=2)
+    columns = "arch,kernel,digest,registers,spill bytes,shared memory,compiled in,".split(",")
+    console.table("", columns, rows, left=3)
     console.say()
     console.pairs("", [(result["name"], result["path"]) for result in built])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +13,23 @@ import ml_dtypes
 import numpy as np
 
 from ..arch import get_arch
-from ..errors import FlashMoEError
+from ..errors import FlashMoEError, SpecError
 from ..experts import Experts
+from ..launch.cuda import CudaTarget
+from ..launch.host import HostTarget
 from ..layout import HeapLayout, HeapNeeds, WorkspaceLayout
 from ..plan import TileConfig, plan_kernel, resolve_combine
 from ..spec import MoESpec, Placement
 from . import console
+from .build import run_all
 from .memory import available_bytes
 
 Array = np.ndarray[Any, Any]
 
-# Python, NumPy, the compiler, float64 copies of one expert and its rows; on a GPU kernels, tokens and logits.
-_SPARE_BYTES = 512 << 20
+# Python, NumPy and the compiler; on a GPU kernels. Beside it a part of all, for page tables, and for what others take meanwhile.
+_SPARE_BYTES = 256 << 20
+_SPARE_PART = 16
+_FILLERS = 8  # most threads that make weights
 _ROOT_MEAN_SQUARE = math.sqrt(7 / 3 * 85 / 4)  # of a mantissa in [1, 2) times 1, 2, 4 or 8
 
 
@@ -75,15 +80,49 @@ def weight_bytes(spec: MoESpec) -> int:
     return sum(math.prod(shape) for shape in weight_shapes(spec).values()) * spec.element.size
 
 
-def runtime_bytes(spec: MoESpec, tile: TileConfig, arch: str, processors: int, planners: int) -> tuple[int, int]:
-    """Bytes of the symmetric heap and of the workspace, on the rank that holds most experts."""
+def ranks_of(spec: MoESpec) -> str:
+    """How many ranks, in words."""
+    return "1 rank" if spec.world_size == 1 else f"{spec.world_size} ranks"
+
+
+def runtime_bytes(spec: MoESpec, tile: TileConfig, target: HostTarget | CudaTarget, trace_events: int = 0) -> tuple[int, int]:
+    """Bytes of the symmetric heap and of the workspace, on the rank that holds most experts.
+
+    A GPU's kernel is not there yet: it is taken to have the blocks that its registers are planned for.
+    """
+    arch = target.arch
+    if isinstance(target, HostTarget):
+        planners = processors = target.processors(None, spec.world_size)
+    else:
+        blocks = plan_kernel(spec, tile, arch).min_blocks * target.multiprocessors // spec.world_size
+        planners = max(1, blocks - target.system_workers)
+        processors = max(1, blocks // tile.cluster - 1)
     local = len(Placement.default(spec.num_experts, spec.world_size).local_experts(0))
     plan = plan_kernel(spec, tile, arch)
     combine = resolve_combine(spec, tile, get_arch(arch))
     workspace = WorkspaceLayout.of(
-        spec, tile, plan, combine=combine, local_experts=local, processors=processors, planners=planners
-    )
+        spec, tile, plan, combine=combine, local_experts=local, processors=processors, planners=planners,
+        tracks=(planners + target.system_workers) * plan.tracks, trace_events=trace_events,
+    )  # fmt: skip
     return HeapLayout.of(HeapNeeds.of(spec, combine), spec.world_size).bytes, workspace.bytes
+
+
+def working_bytes(spec: MoESpec) -> int:
+    """Bytes that making, running and checking a problem takes beside the weights, the heaps and the workspaces.
+
+    Counted from above: tokens and outputs of all runs, and either what makes the weights or what the float64 reference holds:
+    all tokens, and one expert with its rows.
+    """
+    tokens, hidden, inner = spec.world_size * spec.max_tokens, spec.hidden_size, spec.intermediate_size
+    kept = tokens * (8 * hidden * spec.element.size + 32 * spec.top_k)
+    rows = min(tokens, 2 * -(-tokens * spec.top_k // spec.num_experts))
+    reference = 8 * (tokens * (3 * hidden + 4 * spec.num_experts) + 2 * inner * hidden + rows * (4 * inner + 2 * hidden))
+    making = 2 * _fillers() * inner * hidden * spec.element.size
+    return kept + max(reference, making)
+
+
+def _fillers() -> int:
+    return min(_FILLERS, os.cpu_count() or 1)
 
 
 def free_gpu_bytes() -> int:
@@ -94,22 +133,50 @@ def free_gpu_bytes() -> int:
     return int(free)
 
 
-def require_memory(spec: MoESpec, needed: int, *, gpu: bool = False) -> None:
-    """Return if ``needed`` bytes and some to spare are free: on this machine, or on the current GPU.
+def require_memory(
+    spec: MoESpec, tile: TileConfig, target: HostTarget | CudaTarget, *also: MoESpec, trace_events: int = 0, held: int = 0
+) -> None:
+    """Return if there is memory for the problem, for its layers and for those of other specs, here and on the GPU; and to spare.
+
+    ``held`` bytes of it have been taken already.
 
     Raises:
-        FlashMoEError: they are not; says how many experts would fit.
+        FlashMoEError: there is not; says how many experts would fit.
     """
-    available = free_gpu_bytes() if gpu else available_bytes()
-    if available is None or needed + _SPARE_BYTES <= available:
+    layers = sum(one.world_size * sum(runtime_bytes(one, tile, target, trace_events)) for one in (spec, *also))
+    needed = weight_bytes(spec) + working_bytes(spec)
+    memory = available_bytes()
+    on_host = isinstance(target, HostTarget)
+    if memory is not None:
+        _require(spec, needed + (layers if on_host else 0), memory + held, "memory")
+    if not on_host:
+        _require(spec, needed + layers, free_gpu_bytes() + held, "GPU memory")
+
+
+def _require(spec: MoESpec, needed: int, available: int, what: str) -> None:
+    wanted = needed + needed // _SPARE_PART + _SPARE_BYTES
+    if wanted <= available:
         return
-    fitting = int((available - _SPARE_BYTES) * spec.num_experts / needed)
-    advice = f"Try --experts {max(spec.top_k, fitting // 8 * 8)}." if fitting >= spec.top_k else "Try a smaller model."
+    weights = weight_bytes(spec)
+    left = (available - _SPARE_BYTES) * _SPARE_PART // (_SPARE_PART + 1) - (needed - weights)
+    fitting = _fewer_experts(spec, left * spec.num_experts // weights)
+    if weights < needed // 2:
+        advice = "Try fewer --tokens."
+    else:
+        advice = f"Try --experts {fitting}." if fitting else "Try a smaller model."
     raise FlashMoEError(
-        f"This needs {console.size(needed + _SPARE_BYTES)} of {'GPU ' if gpu else ''}memory, of which "
-        f"{console.size(weight_bytes(spec))} for the weights of {spec.num_experts} experts; "
-        f"{console.size(available)} are free. {advice}"
+        f"This needs {console.size(wanted)} of {what}, of which {console.size(weights)} for the weights of "
+        f"{spec.num_experts} experts; {console.size(available)} are free. {advice}"
     )
+
+
+def _fewer_experts(spec: MoESpec, most: int) -> int:
+    """The largest number of experts up to ``most`` that the spec can have, a multiple of 8 if there is one; 0: none."""
+    counts = range(min(most, spec.num_experts - 1), 0, -1)
+    for count in (*(count for count in counts if count % 8 == 0), *counts):
+        with suppress(SpecError):
+            return spec.replace(num_experts=count).num_experts
+    return 0
 
 
 def random_problem(spec: MoESpec, seed: int) -> Problem:
@@ -124,8 +191,7 @@ def random_problem(spec: MoESpec, seed: int) -> Problem:
         scale = 0.25 if name.endswith("_bias") else 1 / math.sqrt(array.shape[-1])
         array[expert] = random_values(array.shape[1:], dtype, scale, (seed, 1, number))
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(fill, enumerate(jobs)))
+    run_all(fill, enumerate(jobs), _fillers())
     hidden = spec.hidden_size
     router = random_values((spec.num_experts, hidden), dtype, 1 / math.sqrt(hidden), (seed, 2))
     tokens = [random_values((spec.max_tokens, hidden), dtype, 1.0, (seed, 3, rank)) for rank in range(spec.world_size)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,16 +14,20 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from .. import __version__, env
+from .. import __version__
 from .. import trace as trace_room
-from ..errors import FlashMoEError, SpecError
+from ..errors import SpecError
+from ..instrument import Instrument
 from ..launch.cuda import CudaTarget, device_count, device_name, driver_version
 from ..launch.host import HostTarget
-from . import console
+from . import build, console, files
 from .checks import World
 from .console import JsonFlag
-from .options import SetOption, request
-from .problem import Array, random_problem
+from .options import Fixed, Request, SetOption, checked_target, layer_fields, request
+from .problem import Array, random_problem, ranks_of, require_memory, weight_bytes
+
+_FIRST_ROOM = 2048
+MOST_EVENTS = 1 << 20  # of an Instrument
 
 _MEANING = {
     "total": "the call, us",
@@ -49,41 +55,35 @@ def trace(
         int | None, typer.Option("--experts", help="Fewer experts than the model has.", show_default=False)
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--target", metavar="[host|cuda]", help="Default: cuda when there is a GPU.", show_default=False)
+        str | None, typer.Option("--target", metavar="[host|cuda]", help="Where to run.",
+                     show_default="FLASHMOE_TARGET, else cuda when there is a GPU")
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where the trace goes; compressed when it ends in .gz.")
     ] = Path("trace.json"),
-    events: Annotated[int, typer.Option("--events", min=1, help="Room for events of each warp or thread.")] = 4096,
+    events: Annotated[
+        int | None,
+        typer.Option("--events", min=1, help="Room for events of each warp or thread.", show_default="as many as there are"),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of weights and tokens.")] = 0,
     commit: Annotated[str, typer.Option("--commit", help="What the file names as the commit that ran.")] = "unknown",
     set_: SetOption = None,
     json_: JsonFlag = False,
 ) -> None:
     """Run one layer with time stamps in its kernel; open the file with ui.perfetto.dev or chrome://tracing."""
-    chosen = target or env.target() or ("cuda" if device_count() else "host")
-    if chosen not in ("host", "cuda"):
-        raise SpecError(f"--target {chosen} is not valid. Must be host or cuda.")
-    fixed: dict[str, Any] = {"max_tokens": tokens, "world_size": ranks} | (
-        {"num_experts": experts} if experts is not None else {}
-    )
-    asked = request(model, None, set_, **fixed)
+    chosen = checked_target(target, "cuda" if device_count() else "host")
+    asked = request(model, None, set_, fixed=layer_fields(tokens, ranks, experts) | {"trace_events": Fixed("--events", events)})
+    if "trace_events" in asked.chosen and events is None:
+        raise SpecError("--set trace_events is not valid for trace. Use --events.")
+    files.require_writable(output)
     gpu = chosen == "cuda"
     where = CudaTarget() if gpu else HostTarget()
-    problem = random_problem(asked.spec, seed)
-    instrument = dataclasses.replace(asked.instrument, trace_events=events)
-    with World(
-        problem.on_gpu() if gpu else problem, asked.tile_for(where.arch), gpu=gpu, instrument=instrument
-    ) as world:
-        world.run([_other(x) for x in problem.tokens])  # loads, and leaves other experts' weights in the caches
-        _take(world)
-        world.run(problem.tokens)
-        traces = _take(world)
+    traces = _Tracing(asked, where, seed).run(events)
     summaries = [dataclasses.asdict(trace_room.summarize(found)) for found in traces]
     about = {
         "flashmoe_gen": __version__,
         "commit": commit,
-        "command": " ".join(["flashmoe-gen", *sys.argv[1:]]),
+        "command": shlex.join(["flashmoe-gen", *sys.argv[1:]]),
         "target": chosen,
         "device": f"{device_name()}, driver {driver_version()}" if gpu else "cpu",
         "model": model,
@@ -91,7 +91,8 @@ def trace(
         "tile": dataclasses.asdict(asked.tile_for(where.arch)),
         "summaries": summaries,
     }
-    _write(output, trace_room.chrome(traces) | {"otherData": about})
+    with console.step(f"writing {output}"):
+        _write(output, trace_room.chrome(traces) | {"otherData": about})
     if json_:
         console.print_json(about | {"path": output})
         return
@@ -100,24 +101,78 @@ def trace(
     console.say(f"\n{output}: {sum(map(len, traces))} events; open it with https://ui.perfetto.dev")
 
 
+class _Tracing:
+    """Runs a layer with time stamps."""
+
+    def __init__(self, asked: Request, target: HostTarget | CudaTarget, seed: int) -> None:
+        self.spec, self.tile, self.target, self.gpu = asked.spec, asked.tile_for(target.arch), target, target.name == "cuda"
+        self.instrument, self.where = asked.instrument, "warp" if self.gpu else "thread"
+        require_memory(self.spec, self.tile, target, trace_events=_FIRST_ROOM)
+        build.build(build.layer(self.spec, target.arch, self.tile, self._traced(1)))
+        require_memory(self.spec, self.tile, target, trace_events=_FIRST_ROOM)  # compiling took time: others may have taken some
+        with console.step(f"making {console.size(weight_bytes(self.spec))} of random weights"):
+            self.problem = random_problem(self.spec, seed)
+        self.there = self.problem.on_gpu() if self.gpu else self.problem
+
+    def run(self, events: int | None) -> list[Array]:
+        """The events of each rank's only call. How many there are is known after a call: then it runs again, with room for all.
+
+        Raises:
+            SpecError: ``events`` is too small.
+        """
+        room = events or _FIRST_ROOM
+        while True:
+            require_memory(self.spec, self.tile, self.target, trace_events=room, held=weight_bytes(self.spec))
+            with World(self.there, self.tile, gpu=self.gpu, instrument=self._traced(room)) as world:
+                try:
+                    with console.step(f"tracing {ranks_of(self.spec)}, with room for {room} events a {self.where}"):
+                        world.run([_other(x) for x in self.problem.tokens])  # loads; leaves other experts' weights in the caches
+                        _take(world)
+                        world.run(self.problem.tokens)
+                    return _take(world)
+                except _FullError as full:
+                    if events is not None or room == MOST_EVENTS:
+                        many = f"one {self.where} of this call has {full.needed}"
+                        raise SpecError(f"--events {room} is not enough: {many}.") from None
+                    room = min(2 * full.needed, MOST_EVENTS)  # who does what differs from call to call
+
+    def _traced(self, room: int) -> Instrument:
+        return dataclasses.replace(self.instrument, trace_events=room)
+
+
+class _FullError(Exception):
+    """There was no room for all events."""
+
+    def __init__(self, needed: int) -> None:
+        super().__init__(needed)
+        self.needed = needed
+
+
 def _take(world: World) -> list[Array]:
-    return [layer.take_trace() for layer in world.layers]
+    """Take the events of every rank."""
+    taken, needed = [], 0
+    for layer in world.layers:
+        try:
+            taken.append(layer.take_trace())
+        except SpecError as error:
+            if not (said := re.search(r"These calls need (\d+)", str(error))):
+                raise
+            needed = max(needed, int(said[1]))
+    if needed:
+        raise _FullError(needed)
+    return taken
 
 
 def _other(x: Array) -> Array:
     return np.ascontiguousarray(x[:, ::-1])
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
     return str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    try:
-        if path.suffix == ".gz":
-            with gzip.GzipFile(path, "wb", mtime=0) as file:
-                file.write(json.dumps(content).encode())
-        else:
-            path.write_text(json.dumps(content), encoding="utf-8")
-    except OSError as error:
-        raise FlashMoEError(f"{path} cannot be written: {error}.") from error
+    data = json.dumps(content, allow_nan=False).encode()
+    files.write(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)

@@ -13,12 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import flashmoe_gen as fmg
 from flashmoe_gen import bench as bench_room
 from flashmoe_gen import compile as compile_module
-from flashmoe_gen.cli import bench, checks, demo, main, problem
+from flashmoe_gen.cli import bench, checks, demo, main, problem, trace
 
 TINY = "--set hidden_size=64 --set intermediate_size=32 --set top_k=2"
 TINY_DEMO = f"demo {TINY} --experts 8 --tokens 5 --ranks 3"
@@ -85,6 +86,19 @@ def test_help_and_version(run: Runner) -> None:
         ("demo --experts 4", "top_k=8 is not valid"),
         ("demo --target tpu", "--target tpu is not valid. Must be host or cuda."),
         ("demo --target cuda --experts 4", "top_k=8 is not valid"),
+        ("demo --set max_tokens=9", "--set max_tokens=9 and --tokens 64 are not valid together. Use --tokens."),
+        ("demo --ranks 2 --set world_size=3", "--set world_size=3 and --ranks 2 are not valid together"),
+        ("demo --experts 16 --set num_experts=32", "--set num_experts=32 and --experts 16 are not valid together"),
+        ("demo --set delay_ns=9", "--set delay_ns is not valid for demo"),
+        ("trace --tokens 4 --set max_tokens=9", "--set max_tokens=9 and --tokens 4 are not valid together"),
+        ("trace --events 4 --set trace_events=9", "--set trace_events=9 and --events 4 are not valid together"),
+        ("generate --model olmoe-1b-7b --set top_k=2 --set top_k=4", "--set top_k=2 and --set top_k=4 are not valid together"),
+        ("generate --model olmoe-1b-7b --kernel router --set block_n=64", "--set block_n is not valid with --kernel router"),
+        ("compile --model olmoe-1b-7b --kernel router --set delay_ns=9", "--set delay_ns is not valid with --kernel router"),
+        ("compile --kernel router", "hidden_size, top_k missing"),
+        ("generate --model olmoe-1b-7b --arch sm_99", "--arch sm_99 is not valid. Must be one of host, sm_80"),
+        ("compile --model olmoe-1b-7b --arch all --arch sm_90", "Did you mean sm_90a?"),
+        ("generate --model olmoe-1b-7b --arch all", "--arch all is not valid for generate"),
     ],
 )
 def test_wrong_usage(run: Runner, line: str, message: str) -> None:
@@ -103,9 +117,37 @@ def test_failure(run: Runner, line: str) -> None:
     assert run.json(line, 1)["error"]["type"] == "UnsupportedError"
 
 
-def test_an_environment_variable_that_is_not_valid(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASHMOE_LOG", "loud")
-    assert "FLASHMOE_LOG='loud' is not valid" in run("cache list", 2)[1]
+@pytest.mark.parametrize("variable", ["FLASHMOE_LOG", "FLASHMOE_TIMEOUT_S", "FLASHMOE_TARGET", "FLASHMOE_NO_JIT"])
+def test_an_environment_variable_that_is_not_valid(run: Runner, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "HostTarget", None)  # what begins the work
+    monkeypatch.setenv(variable, "loud")
+    for line in ("cache list", "demo", f"generate {TINY}"):
+        assert f"{variable}='loud' is not valid" in run(line, 2)[1]
+
+
+def test_where_the_demo_runs(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The option, else the variable, else the host."""
+
+    def chosen() -> None:
+        raise fmg.UnsupportedError("a GPU was asked for")
+
+    monkeypatch.setattr(demo, "CudaTarget", chosen)
+    monkeypatch.setenv("FLASHMOE_TARGET", "cuda")
+    assert "a GPU was asked for" in run(TINY_DEMO, 1)[1]
+    assert run.json(f"{TINY_DEMO} --target host")["target"] == "host"
+    monkeypatch.setenv("FLASHMOE_TARGET", "host")
+    assert "a GPU was asked for" in run(f"{TINY_DEMO} --target cuda", 1)[1]
+    assert run.json(TINY_DEMO)["target"] == "host"
+
+
+def test_fields_that_change_nothing_are_named(run: Runner, own_cache: Path) -> None:
+    """They are checked, but a kernel takes them at launch."""
+    plain, silent = run(f"generate {TINY}")
+    out, err = run(f"generate {TINY} --set max_tokens=9 --set lag=2")
+    assert out == plain and not silent and "--set max_tokens, lag: no part of the text" in err
+    assert "changes nothing" not in run(f"generate {TINY} --set block_n=32 --set delay_ns=5 --set dtype=float16")[1]
+    assert "--set scoring: " in run(f"generate {TINY} --set scoring=sigmoid")[1], "a field of the router"
+    assert "changes nothing" not in run(f"compile {TINY} --set scoring=sigmoid")[1]
 
 
 def test_generate(run: Runner, tmp_path: Path) -> None:
@@ -161,16 +203,45 @@ def test_compile_and_cache(run: Runner, own_cache: Path) -> None:
     out, err = run(f"compile {TINY}")
     assert "flashmoe_layer_bf16_gated_silu_h64_i32_k2_host" in out and "flashmoe_launcher" in out
     assert "\x1b" not in out + err
-    kernel, launcher = run.json(f"compile {TINY}")
-    assert kernel["from_cache"] and launcher["from_cache"] and kernel["path"] in out
+    router, kernel, launcher = run.json(f"compile {TINY}")
+    assert router["from_cache"] and kernel["from_cache"] and launcher["from_cache"] and kernel["path"] in out
+    assert [built["kind"] for built in (router, kernel, launcher)] == ["router", "moe", "program"]
     assert kernel["digest"] == fmg.generate(fmg.MoESpec(64, 32, 2, 2, max_tokens=1), arch="host").digest
 
     assert run("cache path")[0] == f"{own_cache}\n" and run.json("cache path") == {"path": str(own_cache)}
     entries = run.json("cache list")
-    assert {entry["name"] for entry in entries} == {kernel["name"], "flashmoe_launcher"}
+    assert {entry["name"] for entry in entries} == {router["name"], kernel["name"], "flashmoe_launcher"}
     assert kernel["name"] in run("cache list")[0]
-    assert run.json("cache clear") == {"removed": 2, "path": str(own_cache)}
+    assert run.json("cache clear") == {"removed": 3, "path": str(own_cache)}
     assert "0 kernels" in run("cache list")[0] and "0 kernels removed" in run("cache clear")[0]
+
+
+def use(layer: fmg.MoELayer) -> None:
+    """Look up all that a layer needs."""
+    spec = layer.spec
+    random = np.random.default_rng(0).standard_normal
+
+    def array(*shape: int) -> Any:
+        return random(shape).astype(spec.element.numpy)
+
+    experts, hidden, inner = spec.num_experts, spec.hidden_size, spec.intermediate_size
+    x = array(3, hidden)
+    ids, weights = layer.route(x, array(experts, hidden))
+    matrices = {"gate": array(experts, inner, hidden), "up": array(experts, inner, hidden), "down": array(experts, hidden, inner)}
+    assert np.isfinite(layer(x, ids, weights, fmg.Experts(**matrices)).astype(np.float32)).all()
+
+
+def test_compile_builds_all_that_a_layer_needs(run: Runner, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(f"compile {TINY}")
+    monkeypatch.setenv("FLASHMOE_NO_JIT", "1")
+    with fmg.MoELayer(fmg.MoESpec(64, 32, 4, 2, max_tokens=3), target="host") as layer:
+        use(layer)
+
+
+def test_kernel_restricts_what_compile_builds(run: Runner, own_cache: Path) -> None:
+    for kind in ("router", "moe"):
+        assert [built["kind"] for built in run.json(f"compile {TINY} --kernel {kind}")] == [kind, "program"]
+    assert [built["name"] for built in run.json("compile")] == ["flashmoe_launcher"]
 
 
 def test_the_commands_that_no_jit_names_build_what_is_missing(
@@ -181,9 +252,7 @@ def test_the_commands_that_no_jit_names_build_what_is_missing(
         monkeypatch.setenv("FLASHMOE_NO_JIT", "1")
         try:
             with fmg.MoELayer(spec, target="host") as layer:
-                x = fmg.MoESpec.preset  # any object: the kernels are looked up before the arrays
-                with pytest.raises(fmg.SpecError, match="x is a method"):
-                    layer.route(x, x)
+                use(layer)
             break
         except fmg.CacheError as error:
             command = str(error).partition("Build it with: ")[2]
@@ -197,9 +266,9 @@ def test_compile_without_a_compiler(run: Runner, own_cache: Path, monkeypatch: p
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(compile_module.importlib.util, "find_spec", lambda name: None)
-    assert "No C++ compiler found" in run(f"compile {TINY}", 1)[1]
+    assert run(f"compile {TINY}", 1)[1].count("No C++ compiler found") == 1, "each error once, with all it is about"
     results = run.json(f"compile {TINY}", 1)
-    assert [result["error"]["type"] for result in results] == ["CompileError"] * 2
+    assert [result["error"]["type"] for result in results] == ["CompileError"] * 3
 
 
 def test_info(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,13 +303,6 @@ def test_demo_that_fails(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "FAIL  1 of 5 checks failed" in out
     found = run.json(TINY_DEMO, 1)
     assert not found["passed"] and [check["passed"] for check in found["checks"]] == [True, False, True, True, True]
-
-
-def test_demo_without_memory(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problem, "available_bytes", lambda: 1 << 30)
-    assert "1.00 GiB are free. Try --experts 56." in run("demo", 1)[1]
-    monkeypatch.setattr(problem, "available_bytes", lambda: 1 << 29)
-    assert "Try a smaller model." in run("demo", 1)[1]
 
 
 def test_demo_on_a_gpu_without_cupy(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,10 +341,9 @@ def test_demo_without_gpu_memory(run: Runner, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(demo, "device_name", lambda: "a GPU")
     monkeypatch.setattr(problem, "available_bytes", lambda: 64 << 30)
     weights = problem.weight_bytes(fmg.MoESpec.preset("qwen3-30b-a3b", max_tokens=64))
-    monkeypatch.setattr(problem, "free_gpu_bytes", lambda: (512 << 20) + weights)  # heaps and workspaces are missing
-    assert re.search(
-        r"This needs 1\.\d+ GiB of GPU memory, .* 1\.62 GiB are free\. Try", run("demo --target cuda", 1)[1]
-    )
+    monkeypatch.setattr(problem, "free_gpu_bytes", lambda: (256 << 20) + weights)  # heaps and workspaces are missing
+    out, err = run("demo --target cuda", 1)
+    assert out == "" and re.search(r"This needs 1\.\d+ GiB of GPU memory, .* 1\.38 GiB are free\. Try --experts", err)
     monkeypatch.setattr(problem, "available_bytes", lambda: 1 << 30)
     assert "of memory, of which" in run("demo --target cuda", 1)[1]
 
@@ -311,11 +372,24 @@ def test_trace_writes_a_file_that_says_what_it_is_of(run: Runner, tmp_path: Path
     assert json.loads((tmp_path / "plain.json").read_text())["traceEvents"]
 
 
+def test_trace_makes_room_for_its_events(run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = f"trace {TINY} --experts 8 --tokens 5 --target host -o {tmp_path / 't.json'}"
+    monkeypatch.setattr(trace, "_FIRST_ROOM", 1)
+    (summary,) = run.json(line)["summaries"]
+    assert summary["tiles"] > 0 and summary["first_task"] is None, "what is not recorded is null"
+    out, err = run(line)
+    assert re.search(r"^first task is known +-$", out, re.MULTILINE) and "with room for 1 events a thread" in err
+    monkeypatch.setattr(trace, "MOST_EVENTS", 1)
+    assert "--events 1 is not enough" in run(line, 2)[1]
+
+
 def test_trace_errors(run: Runner, tmp_path: Path) -> None:
-    small = f"trace {TINY} --model qwen3-30b-a3b --experts 8 --tokens 5 --target host"
-    assert "Must be host or cuda" in run(small.replace("host", "tpu"), 2)[1]
-    assert "These calls need" in run(f"{small} --events 1 -o {tmp_path / 't.json'}", 2)[1]
-    assert "cannot be written" in run(f"{small} -o {tmp_path / 'no' / 't.json'}", 1)[1]
+    path = tmp_path / "t.json"
+    small = f"trace {TINY} --experts 8 --tokens 5 -o {path}"
+    assert "Must be host or cuda" in run(f"{small} --target tpu", 2)[1]
+    assert re.search(r"--events 1 is not enough: one thread of this call has \d+", run(f"{small} --target host --events 1", 2)[1])
+    assert "Use --events" in run(f"{small} --set trace_events=9", 2)[1]
+    assert not path.exists(), "a run that fails leaves no file"
 
 
 def test_a_traced_kernel_is_reproduced_by_its_command(run: Runner) -> None:
