@@ -15,7 +15,8 @@ from .spec import MoESpec
 F64 = npt.NDArray[np.float64]
 Experts = npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
 
-_erf = np.vectorize(math.erf, otypes=[np.float64])  # SciPy is not a dependency
+_quiet = np.errstate(over="ignore", invalid="ignore")  # infinite and NaN inputs have results too
+_erfc = np.vectorize(math.erfc, otypes=[np.float64])  # SciPy is not a dependency
 
 
 def _sigmoid(z: F64) -> F64:
@@ -30,12 +31,13 @@ def _softmax(z: F64) -> F64:
 
 
 def _gelu(z: F64) -> F64:
-    result: F64 = 0.5 * z * (1.0 + _erf(z / math.sqrt(2.0)))
+    result: F64 = z * 0.5 * _erfc(-z / math.sqrt(2.0))  # 1 + erf cancels where z is far below 0
     return result
 
 
 def _gelu_tanh(z: F64) -> F64:
-    return 0.5 * z * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)))
+    doubled = 2.0 * math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)
+    return z * _sigmoid(doubled)  # 1 + tanh(u) == 2 sigmoid(2 u), which does not cancel
 
 
 _ACTIVATIONS: dict[str, Callable[[F64], F64]] = {
@@ -71,20 +73,30 @@ def _checked_ids(spec: MoESpec, topk_ids: npt.ArrayLike) -> npt.NDArray[np.int64
     return ids.astype(np.int64)
 
 
-def _best(scores: F64, count: int) -> npt.NDArray[np.int64]:
-    """Columns of the ``count`` largest per row, in descending order, ties to the lowest index."""
-    return np.argsort(-scores, axis=1, kind="stable")[:, :count]
+def _best(scores: F64, count: int, last: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.int64]:
+    """Indices of the ``count`` largest along the last axis, in descending order, ties to the lowest index.
+
+    A NaN comes after every number, and what is ``last`` after all the rest.
+    """
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    if last is not None:
+        moved = np.argsort(np.take_along_axis(last, order, axis=-1), axis=-1, kind="stable")
+        order = np.take_along_axis(order, moved, axis=-1)
+    return order[..., :count]
 
 
-def _outside_top_groups(spec: MoESpec, choice: F64) -> npt.NDArray[np.bool_]:
+def _outside_top_groups(spec: MoESpec, scores: F64) -> npt.NDArray[np.bool_]:
+    """Experts outside the groups whose best expert, or sum of the two best, is largest."""
     share = spec.num_experts // spec.num_groups
-    grouped = np.sort(choice.reshape(len(choice), spec.num_groups, share), axis=2)
-    group_scores: F64 = grouped[:, :, -1] if spec.group_score == "max" else grouped[:, :, -2:].sum(axis=2)
+    grouped = scores.reshape(len(scores), spec.num_groups, share)
+    best = np.take_along_axis(grouped, _best(grouped, 1 if spec.group_score == "max" else 2), axis=2)
+    group_scores: F64 = best.sum(axis=2)  # NaN for inf - inf: such a group loses, as one without a number does
     outside = np.ones(group_scores.shape, dtype=bool)
     np.put_along_axis(outside, _best(group_scores, spec.top_groups), False, axis=1)
     return np.repeat(outside, share, axis=1)
 
 
+@_quiet
 def route(
     spec: MoESpec,
     x: npt.ArrayLike,
@@ -96,8 +108,10 @@ def route(
     """The experts of each token and their weights.
 
     Experts are chosen by score + selection bias, in descending order, ties to the lowest index; weights are the
-    scores without that bias. Where only the order of scores matters (no selection bias, no sums of scores) the
-    logits are compared instead, so that scores which round to the same number do not tie.
+    scores without that bias. Where only the order of scores matters (no selection bias, no sums of them) the
+    logits are compared instead, so that scores which round to the same number do not tie. A NaN loses against every
+    number, but is still an expert: what a group is worth does not depend on where in it a NaN is, and the NaN of a
+    chosen group comes before every expert of the others.
 
     Args:
         spec: scoring, groups, renormalisation and scale are used.
@@ -118,15 +132,14 @@ def route(
     if logit_bias is not None:
         logits += _f64("logit_bias", logit_bias, spec.num_experts)
     scores = _softmax(logits) if spec.scoring == "softmax" else _sigmoid(logits)
+    choice = logits
     if selection_bias is not None:
         choice = scores + _f64("selection_bias", selection_bias, spec.num_experts)
-    elif spec.num_groups > 1 and spec.group_score == "top2_sum":
-        choice = scores
-    else:
-        choice = logits
+    outside = None
     if spec.num_groups > 1:
-        choice = np.where(_outside_top_groups(spec, choice), -np.inf, choice)
-    ids = _best(choice, spec.top_k)
+        summed = selection_bias is None and spec.group_score == "top2_sum"
+        outside = _outside_top_groups(spec, scores if summed else choice)
+    ids = _best(choice, spec.top_k, last=outside)
     weights = np.take_along_axis(scores, ids, axis=1)
     if spec.renormalize:
         weights /= weights.sum(axis=1, keepdims=True) + 1e-20
@@ -198,6 +211,7 @@ def _mlp(spec: MoESpec, weights: _Weights, expert: int, rows: F64) -> F64:
     return weights.linear("down", expert, inner)
 
 
+@_quiet
 def moe(
     spec: MoESpec,
     x: npt.ArrayLike,

@@ -2,11 +2,11 @@
 //% if spec.activation == "silu"
 DEVICE Acc activate(Acc z) { return divide_of(z, Acc(1) + exp_of(-z)); }
 //% elif spec.activation == "gelu"
-DEVICE Acc activate(Acc z) { return Acc(0.5) * z * (Acc(1) + erf_of(z * Acc(0.70710678118654752440))); }
+DEVICE Acc activate(Acc z) { return z * normal_cdf(z); }
 //% elif spec.activation == "gelu_tanh"
+// 1 + tanh(u) is 2 / (1 + exp(-2 u)), which loses no digits where it is small.
 DEVICE Acc activate(Acc z) {
-  const Acc inner = Acc(0.79788456080286535588) * (z + Acc(0.044715) * z * z * z);
-  return Acc(0.5) * z * (Acc(1) + tanh_of(inner));
+  return divide_of(z, Acc(1) + exp_of(-z * fma_of(z * z, Acc(0.071354816272600248776), Acc(1.5957691216057307118))));
 }
 //% elif spec.activation == "relu"
 DEVICE Acc activate(Acc z) { return z > Acc(0) || z != z ? z : Acc(0); }
@@ -14,11 +14,11 @@ DEVICE Acc activate(Acc z) { return z > Acc(0) || z != z ? z : Acc(0); }
 DEVICE Acc activate(Acc z) { return z; }
 //% endif
 
-// swish_alpha * act(swish_beta * z); the factors vanish at compile time when they are 1.
+// swish_alpha * act(swish_beta * z), scaled as the intermediate is; the factors vanish at compile time when they are 1.
 DEVICE Acc swish(Acc z) {
   if constexpr (kSwishBeta != 1.0) z *= Acc(kSwishBeta);
   Acc h = activate(z);
-  if constexpr (kSwishAlpha != 1.0) h *= Acc(kSwishAlpha);
+  if constexpr (kSwishAlpha * kIntermediateScale != 1.0) h *= Acc(kSwishAlpha * kIntermediateScale);
   return h;
 }
 
@@ -41,4 +41,12 @@ DEVICE Acc intermediate_element(Acc gate, Acc up, Acc gate_bias, Acc up_bias, Ac
   }
   if constexpr (kUpOffset != 0.0) up += Acc(kUpOffset);
   return swish(gate) * up;
+}
+
+// One element of an expert's row from its GEMM2 sum.
+DEVICE Acc row_element(Acc sum, Acc bias, Acc weight) {
+  if constexpr (kIntermediateScale != 1.0) sum *= Acc(1.0 / kIntermediateScale);
+  sum += bias;
+  if constexpr (kWeightOnRow) sum *= weight;
+  return sum;
 }

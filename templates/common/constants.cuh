@@ -5,6 +5,11 @@ constexpr int kTopK = ${spec.top_k};
 constexpr bool kGated = ${(spec.mlp == "gated") | cpp};
 constexpr bool kBias = ${spec.bias | cpp};
 constexpr bool kWeightOnInput = ${(spec.weight_on == "input") | cpp};
+// float16 ends at 65504, so there a row is rounded after its weight was multiplied, and the intermediate is kept at half its
+// size. At its lower end float16 would lose as many bits as a smaller scale gains at the upper one.
+constexpr bool kWeightOnRow = ${(spec.dtype == "float16" and spec.weight_on == "output") | cpp};
+constexpr bool kWeightOnSum = !kWeightOnInput && !kWeightOnRow;  // the combine multiplies
+constexpr double kIntermediateScale = ${"0.5" if spec.dtype == "float16" else "1.0"};
 constexpr double kSwishAlpha = ${spec.swish_alpha | cpp};
 constexpr double kSwishBeta = ${spec.swish_beta | cpp};
 constexpr double kGateLimit = ${spec.gate_limit | cpp};  // 0: no clamp

@@ -111,29 +111,21 @@ DEVICE Scoring scoring_of(const Group& group, const Choice<Group, kMost>& choice
   return scoring;
 }
 
-// A group's score over its `share` experts, which start at `first`; for the sum of two there are at least two.
+// A group's score over its `share` experts, which start at `first`: of its best ones in the order of the keys, so that it does
+// not matter where in the group a NaN is. For the sum of two there are at least two.
 template <class Value>
-DEVICE Acc group_value(int first, int share, Value value) {
-  Acc best = value(first);
-  if constexpr (kTop2Groups) {
-    Acc second = value(first + 1);
-    for (int e = first + 1; e < first + share; ++e) {
-      const Acc v = value(e);
-      if (v > best) {
-        second = best;
-        best = v;
-      } else if (v > second) {
-        second = v;
-      }
+DEVICE Key group_key(int first, int share, Value value) {
+  Key best = kTaken, second = kTaken;
+  for (int e = first; e < first + share; ++e) {
+    const Key key = key_of(value(e));
+    if (key > best) {
+      second = best;
+      best = key;
+    } else if (kTop2Groups && key > second) {
+      second = key;
     }
-    return best + second;
-  } else {
-    for (int e = first + 1; e < first + share; ++e) {
-      const Acc v = value(e);
-      if (v > best) best = v;
-    }
-    return best;
   }
+  return kTop2Groups ? key_of(number_of(best) + number_of(second)) : best;
 }
 
 // The way of one token to its experts.
@@ -175,7 +167,7 @@ struct Selection {
       Choice<Group, kMost> groups;
 #pragma unroll 1
       for (int g = group.lane; g < args.num_groups; g += Group::size)
-        groups.put(g / Group::size, key_of(group_value(g * share, share, compared)));
+        groups.put(g / Group::size, group_key(g * share, share, compared));
       choice.keep(group, groups, args.top_groups, share);
     }
   }

@@ -105,7 +105,8 @@ DEVICE void gemm1_tile(const Call& call, const TaskSlot& slot, char* work) {
 }
 
 // ---- GEMM2 ----
-DEVICE void gemm2_epilogue(const MoEArgs& args, const Task& task, const Sums& sums, const Staging<kBlockN>& staging) {
+DEVICE void gemm2_epilogue(const MoEArgs& args, const Task& task, const float* weights, const Sums& sums,
+                           const Staging<kBlockN>& staging) {
   const int lane = threadIdx.x % 32;
   const int first = int(task.column) * kBlockN;
 #pragma unroll
@@ -119,9 +120,12 @@ DEVICE void gemm2_epilogue(const MoEArgs& args, const Task& task, const Sums& su
 #pragma unroll
     for (int m = 0; m < kAtomsM; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        staging.put(Sums::first_row() + m * 16 + half * 8 + lane / 4, column, sums.atom[m][n][half * 2] + bias[0],
-                    sums.atom[m][n][half * 2 + 1] + bias[1]);
+      for (int half = 0; half < 2; ++half) {
+        const int row = Sums::first_row() + m * 16 + half * 8 + lane / 4;
+        const Acc weight = kWeightOnRow ? Acc(weights[row]) : Acc(1);
+        const Acc* const sum = &sums.atom[m][n][half * 2];
+        staging.put(row, column, row_element(sum[0], bias[0], weight), row_element(sum[1], bias[1], weight));
+      }
   }
 }
 
@@ -144,7 +148,7 @@ DEVICE void gemm2_tile(const Call& call, const TaskSlot& slot, char* work) {
   });
   if (bar_red_or(kMmaBarrier, kMmaThreads, finished.aborted)) return;
   const Staging<kBlockN> staging{work};
-  gemm2_epilogue(args, task, sums, staging);
+  gemm2_epilogue(args, task, slot.weight, sums, staging);
   sync_mma();
   staging.store<kHidden>(rows, first, [&](int r) { return const_cast<Element*>(slot.row[r]); });
   sync_mma();  // everyone's stores are before the release in publish_gemm2()

@@ -117,13 +117,17 @@ template <bool kSplit>
 DEVICE void gemm2_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums<kSplit>& sums, const Patch& patch) {
   const u32 expert = slot.task.block.expert_slot;
   const int first = slot.task.first_column(kBlockN);
-  const auto element = [&](int column, int index) {
-    const int c = first + column;
-    return sums.value[index] + bias_at(args.down_bias, args.down_bias_expert_stride, args.down_bias_stride, expert, c, kHidden);
+  const int lane = int(threadIdx.x % 32);
+  const float weight[2] = {slot.weight[first_row() + lane / 4], slot.weight[first_row() + lane / 4 + 8]};
+  const auto element = [&](int column, int index, int half) {
+    const Acc bias =
+        bias_at(args.down_bias, args.down_bias_expert_stride, args.down_bias_stride, expert, first + column, kHidden);
+    return row_element(sums.value[index], bias, kWeightOnRow ? weight[half] : Acc(1));
   };
   store_tile<Sums<kSplit>::kColumns, kHidden>(
-      patch, slot, first,
-      [&](int column, int index, int) { return pair_of(element(column, index), element(column + 1, index + 1)); });
+      patch, slot, first, [&](int column, int index, int half) {
+        return pair_of(element(column, index, half), element(column + 1, index + 1, half));
+      });
 }
 
 template <bool kSplit>
