@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
-import importlib.util
 import logging
 import sys
 from collections import deque
@@ -16,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from .. import packages
 from ..arch import ARCHS
 from ..cache import Cache, CompiledKernel
 from ..errors import CommError, FlashMoEError, SpecError, UnsupportedError
 from ..render import render_parts
+from . import streams, tensor_maps
 from .target import Memory, TensorBox, loaded
 
 logger = logging.getLogger("flashmoe_gen")
@@ -30,12 +30,8 @@ _MOST_MAPS = 64  # tensor maps kept; weights that move at every call make new on
 
 def device_count() -> int:
     """GPUs this process can use; 0 without CuPy, driver or GPU."""
-    if importlib.util.find_spec("cupy") is None:
-        return 0
     try:
-        import cupy
-
-        return int(cupy.cuda.runtime.getDeviceCount())
+        return int(packages.import_cupy().cuda.runtime.getDeviceCount())
     except Exception as error:
         logger.debug("no usable GPU: %s", error)
         return 0
@@ -45,18 +41,13 @@ def require_device() -> None:
     """Return if a GPU is usable.
 
     Raises:
-        UnsupportedError: CuPy is not installed; names the extras.
-        FlashMoEError: no driver, or no GPU.
+        UnsupportedError: CuPy is not installed; names the command that installs it.
+        FlashMoEError: CuPy cannot be imported, no driver, or no GPU.
     """
-    if importlib.util.find_spec("cupy") is None:
-        raise UnsupportedError(
-            "target='cuda' needs CuPy, which is not installed: pip install 'flashmoe_gen[cu12]' (CUDA 12) "
-            "or 'flashmoe_gen[cu13]' (CUDA 13)."
-        )
     try:
-        import cupy
-    except Exception as error:
-        raise FlashMoEError(f"CuPy cannot be imported: {error}") from error
+        cupy = packages.import_cupy()
+    except UnsupportedError as error:
+        raise UnsupportedError(f"target='cuda' needs CuPy. {error}") from error
     try:
         count = int(cupy.cuda.runtime.getDeviceCount())
     except Exception as error:
@@ -269,21 +260,21 @@ class CudaTarget:
         return memory
 
     def record(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        _interrupter(self.device)  # made before any kernel runs, which its allocation may wait for
-        return _pinned(array)
+        streams.interrupter(self.device)  # made before any kernel runs, which its allocation may wait for
+        return streams.pinned(array)
 
     def stream(self, given: Any, array: Any) -> Any:
         import cupy
 
         if given is not None:
-            return _external_stream(given)
+            return streams.external(given)
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(array, torch.Tensor) and array.is_cuda:
-            return _external_stream(torch.cuda.current_stream(array.device).cuda_stream)
+            return streams.external(torch.cuda.current_stream(array.device).cuda_stream)
         return cupy.cuda.get_current_stream()
 
     def dlpack_stream(self, stream: Any) -> int:
-        return -1 if _is_capturing(stream) else stream.ptr or 1  # 1: the legacy default stream
+        return -1 if streams.is_capturing(stream) else stream.ptr or 1  # 1: the legacy default stream
 
     def prepare(self, kernel: Any, args: np.ndarray[Any, Any]) -> tuple[Any, ...]:
         return tuple(self._tensor_map(box, args[0]) for box in kernel.boxes)
@@ -303,7 +294,7 @@ class CudaTarget:
         """A copy engine writes while the kernels have all multiprocessors; nothing is allocated, which might wait for them."""
         import cupy
 
-        source, stream = _interrupter(self.device)
+        source, stream = streams.interrupter(self.device)
         for address in aborted:
             cupy.cuda.runtime.memcpyAsync(address, source.ctypes.data, 4, cupy.cuda.runtime.memcpyHostToDevice, stream.ptr)
 
@@ -320,7 +311,7 @@ class CudaTarget:
     def follow(self, stream: Any, before: Any) -> None:
         import cupy
 
-        if before is None or before.ptr == stream.ptr or _is_capturing(stream) or _is_capturing(before):
+        if before is None or before.ptr == stream.ptr or streams.is_capturing(stream) or streams.is_capturing(before):
             return
         try:
             event = cupy.cuda.Event(disable_timing=True)
@@ -332,7 +323,7 @@ class CudaTarget:
     def keep(self, stream: Any, owners: tuple[Any, ...]) -> None:
         import cupy
 
-        if _is_capturing(stream):
+        if streams.is_capturing(stream):
             self._captured.append(owners)
             return
         while self._kept and self._kept[0][0].done:
@@ -357,7 +348,7 @@ class CudaTarget:
         if key not in self._maps:
             if len(self._maps) >= _MOST_MAPS:
                 self._maps.clear()
-            self._maps[key] = _encode_tensor_map(box, pointer, count, *strides)
+            self._maps[key] = tensor_maps.encode(box, pointer, count, *strides)
         return self._maps[key]
 
     def synchronize(self) -> None:
@@ -366,89 +357,9 @@ class CudaTarget:
         cupy.cuda.runtime.deviceSynchronize()
 
 
-def _pinned(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """A zeroed array like ``array`` in page-locked memory."""
-    import cupy
-
-    pinned = cupy.cuda.alloc_pinned_memory(array.nbytes)
-    made = np.frombuffer(pinned, array.dtype, array.size)
-    made[:] = 0
-    return made
-
-
-@functools.lru_cache
-def _interrupter(device: str) -> tuple[np.ndarray[Any, Any], Any]:
-    """A word that is not 0 in page-locked memory, and a stream of no call."""
-    import cupy
-
-    source = _pinned(np.zeros(1, np.uint32))
-    source[0] = 1
-    return source, cupy.cuda.Stream(non_blocking=True)
-
-
-def _is_capturing(stream: Any) -> bool:
-    import cupy
-
-    try:
-        return bool(cupy.cuda.runtime.streamIsCapturing(stream.ptr))
-    except cupy.cuda.runtime.CUDARuntimeError:  # the legacy stream says so while another one captures
-        return True
-
-
-def _encode_tensor_map(
-    box: TensorBox, pointer: int, count: int, matrix_stride: int, row_stride: int
-) -> np.ndarray[Any, Any]:
-    """cuTensorMapEncodeTiled: [matrix][row][column], 128-byte swizzle, zeros beyond the edges."""
-    from cuda.bindings import driver
-
-    wide, narrow = driver.cuuint64_t, driver.cuuint32_t
-    types = driver.CUtensorMapDataType
-    status, encoded = driver.cuTensorMapEncodeTiled(
-        {2: types.CU_TENSOR_MAP_DATA_TYPE_UINT16}[box.size],
-        3,
-        pointer,
-        [wide(box.columns), wide(box.rows), wide(count)],
-        [wide(row_stride * box.size), wide(matrix_stride * box.size)],
-        [narrow(box.box_columns), narrow(box.box_rows), narrow(1)],
-        [narrow(1)] * 3,
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise FlashMoEError(f"The tensor map of {box.name} cannot be encoded: {status.name} for {box}.")
-    map_bytes = np.frombuffer(ctypes.string_at(encoded.getPtr(), 128), np.uint8).copy()
-    return np.asarray(map_bytes.view("V128"))
-
-
 def _arch_of(capability: str) -> str:
     for suffix in ("", "a"):
         name = f"sm_{capability}{suffix}"
         if name in ARCHS:
             return name
     raise UnsupportedError(f"No kernels exist for compute capability {capability}. Supported: {', '.join(map(repr, ARCHS))}.")
-
-
-@dataclass(frozen=True)
-class _Handle:
-    """A raw stream handle that speaks the CUDA stream protocol."""
-
-    value: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.value
-
-
-def _external_stream(given: Any) -> Any:
-    """A CuPy stream of anything that is one: ``__cuda_stream__`` (cuda.core), torch, CuPy, or the handle itself."""
-    import cupy
-
-    if isinstance(given, cupy.cuda.Stream):
-        return given
-    if not hasattr(given, "__cuda_stream__"):
-        handle = getattr(given, "cuda_stream", None) or getattr(given, "ptr", given)
-        if isinstance(handle, bool) or not isinstance(handle, int):
-            raise SpecError(f"stream is a {type(given).__name__}. Must be a CUDA stream: __cuda_stream__, torch, CuPy or a handle.")
-        given = _Handle(handle)
-    return cupy.cuda.Stream.from_external(given)

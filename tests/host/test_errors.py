@@ -142,9 +142,9 @@ def test_several_ranks_need_a_communicator() -> None:
         fmg.MoELayer(spec, target="host", comm=fmg.comm.local_group(3)[0])
 
 
-def test_cuda_without_cupy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_without_cupy_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
-    with pytest.raises(fmg.UnsupportedError, match=r"pip install 'flashmoe_gen\[cu12\]'"):
+    with pytest.raises(fmg.UnsupportedError, match=r"target='cuda' needs CuPy.*pip install .*cupy-cuda1"):
         fmg.MoELayer(SPEC, target="cuda")
 
 
