@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -11,24 +13,74 @@ from .errors import FlashMoEError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text as UTF-8 beside its place and move it there; the folder is made if it is missing.
+    """Write a text as UTF-8; as :func:`write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file beside its place and move it there; the folder is made if it is missing.
 
     Raises:
         FlashMoEError: it cannot be written (read-only, full); what was there before is still there.
     """
-    place = Path(os.path.realpath(path))  # a link stays a link
     try:
+        place = _place(path)
         place.parent.mkdir(parents=True, exist_ok=True)
-        if place.exists() and not place.is_file():  # /dev/stdout, a pipe
-            place.write_text(text, encoding="utf-8")
+        mode = place.stat().st_mode if place.exists() else None
+        if _is_stream(place, mode):
+            place.write_bytes(data)
             return
-        draft = place.with_name(f".{place.name[:200]}.{uuid.uuid4().hex[:8]}")
+        draft = place.with_name(f".{place.name[:50]}.{uuid.uuid4().hex[:8]}")
         try:
-            draft.write_text(text, encoding="utf-8")
+            draft.write_bytes(data)
+            if mode is not None:
+                draft.chmod(stat.S_IMODE(mode))
             os.replace(draft, place)
         except BaseException:
             with suppress(OSError):
                 draft.unlink()
             raise
     except OSError as error:
-        raise FlashMoEError(f"{path} cannot be written: {error.strerror or error}.") from error
+        raise _refusal(path, error) from error
+
+
+def require_writable(path: Path) -> None:
+    """Tell before the work that a file cannot be written after it; nothing is written, and nothing is made.
+
+    Raises:
+        FlashMoEError: the path is a folder, its folder does not exist, or one of them is not writable.
+    """
+    try:
+        place = _place(path)
+        with suppress(FileNotFoundError):
+            place.lstat()  # a name that is too long
+        if not place.parent.is_dir():
+            raise _error(errno.ENOTDIR if place.parent.exists() else errno.ENOENT)
+        if not place.exists() and not os.access(place.parent, os.W_OK | os.X_OK):
+            raise _error(errno.EACCES)
+    except OSError as error:
+        raise _refusal(path, error) from error
+
+
+def _place(path: Path) -> Path:
+    place = Path(os.path.realpath(path))  # a link stays a link
+    if os.path.exists(path) and not place.exists():  # /dev/stdout is a link to what has no name
+        place = path.absolute()
+    if place.is_dir():
+        raise _error(errno.EISDIR)
+    if place.exists() and not os.access(place, os.W_OK):
+        raise _error(errno.EACCES)
+    return place
+
+
+def _is_stream(place: Path, mode: int | None) -> bool:
+    """A device, a pipe, /dev/stdout: written as it is, there is nothing to replace."""
+    return place.parts[1:2] == ("dev",) or (mode is not None and not stat.S_ISREG(mode))
+
+
+def _error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def _refusal(path: Path, error: OSError) -> FlashMoEError:
+    return FlashMoEError(f"{path} cannot be written: {error.strerror or error}.")

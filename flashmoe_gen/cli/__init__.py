@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -38,6 +39,7 @@ app.command()(info.info)
 
 _USAGE: type[Exception] = typer.BadParameter.__mro__[1]  # UsageError: typer does not export it
 _INTERRUPTED = 130
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}  # what writing to stdout may end with
 _LAST_S = 1.0  # for threads to end, before the process leaves without them
 
 
@@ -109,8 +111,12 @@ class _Command:
         except MemoryError:
             return self._fail(f"There is no memory left{_while()}.", "MemoryError", 1)
         except OSError as error:
-            where = f": {error.filename}" if error.filename else ""
-            return self._fail(f"{error.strerror or error}{where}{_while()}.", type(error).__name__, 1)
+            reason = error.strerror or str(error)
+            if error.filename is not None:
+                message = f"{error.filename}: {reason}{_while()}."
+            else:
+                message = f"The output cannot be written: {reason}." if error.errno in _FULL else f"{reason}{_while()}."
+            return self._fail(message, type(error).__name__, 1)
 
     def interrupted(self) -> int:
         """Report Ctrl-C."""

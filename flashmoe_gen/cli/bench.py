@@ -11,13 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import __version__
+from .. import __version__, files
 from .. import bench as bench_room
 from ..errors import SpecError
 from ..launch.cuda import CudaTarget
 from ..plan import Program, TileConfig, default_tile
 from ..spec import MoESpec
-from . import console, files
+from . import console
 from .console import JsonFlag
 
 
@@ -40,7 +40,8 @@ def bench(
     json_: JsonFlag = False,
 ) -> None:
     """Time the layer: CUDA-graph replay, rotating random inputs, medians; needs a GPU."""
-    files.require_writable(output)
+    if output is not None:
+        files.require_writable(output)
     counts = _counts(tokens)
     names = model or list(bench_room.MODELS)
     specs = {name: _spec(name, max(counts)) for name in names}
@@ -71,7 +72,7 @@ def bench(
                 console.note(f"{name}, router, {routed.tokens} tokens: {routed.us:.1f} us")
         result = bench_room.report(ceilings, layers, routers, **context)
         if output is not None:  # after every model: who stops a long run keeps what it measured
-            files.write(output, (json.dumps(result, indent=1) + "\n").encode())
+            files.write_text(output, json.dumps(result, indent=1) + "\n")
     if json_:
         console.print_json(result)
         return

@@ -44,8 +44,9 @@ def say(text: str = "") -> None:
 
 
 def note(text: str) -> None:
-    """Print a line about progress."""
-    _console(stderr=True).print(text, soft_wrap=True, style="dim", markup=False)
+    """Print a line about progress; nobody needs to read it."""
+    with suppress(OSError):
+        _console(stderr=True).print(text, soft_wrap=True, style="dim", markup=False)
 
 
 def complain(message: str) -> None:
@@ -213,9 +214,8 @@ def _repeated(text: Callable[[], str]) -> Iterator[None]:
     over, begin = threading.Event(), time.monotonic()
 
     def tick() -> None:
-        with suppress(OSError, ValueError):  # nobody reads stderr any more
-            while not over.wait(_STILL_S):
-                note(f"still {text()}, {time.monotonic() - begin:.0f} s")
+        while not over.wait(_STILL_S):
+            note(f"still {text()}, {time.monotonic() - begin:.0f} s")
 
     threading.Thread(target=tick, daemon=True).start()
     try:

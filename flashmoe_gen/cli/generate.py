@@ -47,13 +47,7 @@ def generate_command(
     source = _job(asked, arch, kind).source
     assert source is not None
     _note_unused(asked, [source])
-    path = None
-    if output is not None:
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            path = source.write(output)
-        except OSError as error:
-            raise FlashMoEError(f"{output} cannot be written: {error.strerror or error}.") from error
+    path = source.write(output) if output is not None else None
     if json_:
         text = {"text": source.text} if path is None else {"path": path}
         described = {"name": source.name, "arch": source.arch, "digest": source.digest, "bytes": len(source.text)}

@@ -14,13 +14,13 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from .. import __version__
+from .. import __version__, files
 from .. import trace as trace_room
 from ..errors import SpecError
 from ..instrument import Instrument
 from ..launch.cuda import CudaTarget, device_count, device_name, driver_version
 from ..launch.host import HostTarget
-from . import build, console, files
+from . import build, console
 from .checks import World
 from .console import JsonFlag
 from .options import Fixed, Request, SetOption, checked_target, layer_fields, request
@@ -63,7 +63,9 @@ def trace(
     ] = Path("trace.json"),
     events: Annotated[
         int | None,
-        typer.Option("--events", min=1, help="Room for events of each warp or thread.", show_default="as many as there are"),
+        typer.Option(
+            "--events", min=1, max=MOST_EVENTS, help="Room for events of each warp or thread.", show_default="for all of them"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of weights and tokens.")] = 0,
     commit: Annotated[str, typer.Option("--commit", help="What the file names as the commit that ran.")] = "unknown",
@@ -175,4 +177,4 @@ def _number(value: float | None) -> str:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     data = json.dumps(content, allow_nan=False).encode()
-    files.write(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    files.write_bytes(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
