@@ -12,7 +12,7 @@ from .args import MOE_ARGS
 from .comm import Communicator
 from .errors import SpecError
 from .experts import BoundExperts, Experts
-from .launch.target import Kernel, Memory, Target
+from .launch.target import Kernel, Target
 from .spec import MoESpec
 
 Args = np.ndarray[Any, Any]
@@ -51,7 +51,7 @@ class Packer:
         comm: whose heap it uses.
         local_experts: experts of this rank.
         constant: the fields that do not change from call to call.
-        narrow_ids: room for the ids of a call as int32.
+        narrow_ids: address of room for the ids of a call as int32.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class Packer:
         comm: Communicator,
         local_experts: int,
         constant: Args,
-        narrow_ids: Memory,
+        narrow_ids: int,
     ) -> None:
         self.spec = spec
         self.constant = constant
-        self._narrow_ids = narrow_ids
+        self.narrow_ids = narrow_ids
         self._target, self._kernel, self._comm = target, kernel, comm
         self._local_experts = local_experts
         self._bound: BoundExperts | None = None
@@ -108,7 +108,7 @@ class Packer:
         for name, view in (("x", tokens), ("topk_ids", ids), ("topk_weights", weights), ("y", y)):
             args[name] = view.pointer
         if wide:
-            args["topk_ids"] = self._narrow_ids.pointer
+            args["topk_ids"] = self.narrow_ids
         args["tokens"] = limit
         args["num_tokens"] = counter.pointer if counter is not None else 0
         args["timeout_ns"] = int(env.timeout_s() * 1e9)

@@ -108,7 +108,6 @@ class MoELayer:
         self._router: Router | None = None
         self._processors = self._target.processors(self._kernel, spec.world_size)
         self._closed = False
-        self._narrow_ids = self._target.allocate(4 * spec.max_tokens * spec.top_k)
         self.comm.reserve(self._target, HeapNeeds.of(spec, self._combine))
         placement = placement or Placement.default(spec.num_experts, spec.world_size)
         self.set_placement(placement)
@@ -160,7 +159,7 @@ class MoELayer:
                 return
             self._closed = True
             self._target.synchronize()
-            self._workspace = self._narrow_ids = self._target.allocate(0)
+            self._workspace = self._target.allocate(0)
             self._pack = self._packer()
             self._target.forget()
             router, self._router = self._router, None
@@ -227,7 +226,7 @@ class MoELayer:
     @property
     def workspace_bytes(self) -> int:
         """Bytes this layer holds on this rank, beside the communicator's symmetric heap (``layer.comm.heap.bytes``)."""
-        return self._workspace.nbytes + self._narrow_ids.nbytes
+        return self._workspace.nbytes
 
     def route(
         self, x: Any, router_weight: Any, *, logit_bias: Any = None, selection_bias: Any = None
@@ -299,7 +298,7 @@ class MoELayer:
     def _launch(self, packed: PackedCall, stream: Any, stop: np.ndarray[Any, Any]) -> None:
         if (ids := packed.wide_ids) is not None:
             count = ids.shape[0] * ids.shape[1]
-            self._target.narrow_ids(ids.pointer, count, self._narrow_ids, self.spec.num_experts, stream)
+            self._target.narrow_ids(ids.pointer, count, self._pack.narrow_ids, self.spec.num_experts, stream)
         self._target.launch(self._kernel, packed.args, self._workers, stream, packed.prepared, stop)
 
     def stats(self) -> LayerStats:
@@ -350,8 +349,10 @@ class MoELayer:
         """A packer that borrows nothing yet, with the fields that do not change from call to call."""
         spec, base = self.spec, self._workspace.pointer
         args = MOE_ARGS.zeros()
-        for name in self._layout.regions:
-            args[name] = base + self._layout.regions[name].offset
+        places = {name: base + region.offset for name, region in self._layout.regions.items()}
+        narrow_ids = places.pop("narrow_ids")
+        for name, place in places.items():
+            args[name] = place
         for name, value in self._layout.sizes.items():
             args[name] = value
         args["expert_position"] = self._expert_position.pointer
@@ -366,7 +367,7 @@ class MoELayer:
         args["world_size"] = spec.world_size
         args["combine_by_rank"] = self._combine == "rank"
         args["return_slots"] = return_slots(spec, self._combine)
-        return Packer(spec, self._target, self._kernel, self.comm, self.local_experts, args, self._narrow_ids)
+        return Packer(spec, self._target, self._kernel, self.comm, self.local_experts, args, narrow_ids)
 
     def restart(self) -> None:
         """Start from clean counters: for the communicator, which has cleared the signals that they go with."""

@@ -179,6 +179,7 @@ class WorkspaceLayout:
             ("counter_sets", 2 * set_words * 4, True),
             ("appended", blocks * 4, True),
             ("planner_counts", planners * spec.num_experts * 4, False),
+            ("narrow_ids", routes * 4, False),  # int64 ids of a call, as the kernel takes them
             ("route_target", routes * 4, False),
             ("segments", spec.world_size * local_experts * SEGMENT.size, False),
             ("ready", blocks * READY_BLOCK.size, False),

@@ -20,7 +20,7 @@ from ..cache import Cache, CompiledKernel
 from ..errors import CommError, FlashMoEError, SpecError, UnsupportedError
 from ..render import render_parts
 from . import streams, tensor_maps
-from .target import Memory, TensorBox, loaded
+from .target import TensorBox, loaded
 
 logger = logging.getLogger("flashmoe_gen")
 
@@ -298,9 +298,9 @@ class CudaTarget:
         for address in aborted:
             cupy.cuda.runtime.memcpyAsync(address, source.ctypes.data, 4, cupy.cuda.runtime.memcpyHostToDevice, stream.ptr)
 
-    def narrow_ids(self, pointer: int, count: int, to: Memory, experts: int, stream: Any) -> None:
+    def narrow_ids(self, pointer: int, count: int, to: int, experts: int, stream: Any) -> None:
         blocks = min(self.multiprocessors, -(-count // 256))
-        arguments = (np.uint64(pointer), np.uint64(to.pointer), np.int64(count), np.int32(experts))
+        arguments = (np.uint64(pointer), np.uint64(to), np.int64(count), np.int32(experts))
         if count:
             self._narrow.kernel((blocks,), (256,), arguments, 0, stream)
 

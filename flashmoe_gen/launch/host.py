@@ -16,7 +16,7 @@ import numpy as np
 from ..cache import Cache, CompiledKernel
 from ..errors import CommError, CompileError, FlashMoEError, SpecError
 from ..render import render_parts
-from .target import Memory, TensorBox, loaded
+from .target import TensorBox, loaded
 
 _ALIGN = 256
 _WAIT_MS = 50  # between two looks at whether somebody pressed Ctrl-C
@@ -208,9 +208,9 @@ class HostTarget:
     def interrupt(self, aborted: Sequence[int]) -> None:
         pass  # stop= is what ends a launch here
 
-    def narrow_ids(self, pointer: int, count: int, to: Memory, experts: int, stream: Any) -> None:
+    def narrow_ids(self, pointer: int, count: int, to: int, experts: int, stream: Any) -> None:
         wide = np.ctypeslib.as_array((ctypes.c_int64 * count).from_address(pointer))
-        narrow = np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(to.pointer))
+        narrow = np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(to))
         np.clip(wide, -1, experts, out=narrow, casting="unsafe")
 
     def follow(self, stream: Any, before: Any) -> None:

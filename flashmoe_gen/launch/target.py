@@ -159,7 +159,7 @@ class Target(Protocol):
     def interrupt(self, aborted: Sequence[int]) -> None:
         """Set the words at these addresses, in memory of the target, while kernels that look at them run."""
 
-    def narrow_ids(self, pointer: int, count: int, to: Memory, experts: int, stream: Any) -> None:
+    def narrow_ids(self, pointer: int, count: int, to: int, experts: int, stream: Any) -> None:
         """Copy int64 ids as int32, in the order of ``stream``: negative ones become -1, those of no expert ``experts``."""
 
     def follow(self, stream: Any, before: Any) -> None:
