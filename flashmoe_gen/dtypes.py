@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from .errors import SpecError
+from .values import choice
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,4 @@ DTYPES: dict[str, DType] = {
 
 def get_dtype(name: str) -> DType:
     """Look a type up by name; raise :class:`SpecError` naming the supported ones."""
-    try:
-        return DTYPES[name]
-    except (KeyError, TypeError):
-        raise SpecError(f"dtype={name!r} is not valid. Must be one of {', '.join(map(repr, DTYPES))}.") from None
+    return DTYPES[choice("dtype", name, DTYPES)]

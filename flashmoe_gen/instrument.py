@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import SpecError
+from .values import integer
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,7 @@ class Instrument:
 
     def __post_init__(self) -> None:
         for name, high in (("trace_events", 1 << 20), ("delay_ns", 10**9)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= high:
-                raise SpecError(f"{name}={value!r} is not valid. Must be an integer between 0 and {high}.")
+            object.__setattr__(self, name, integer(name, getattr(self, name), 0, high, words="an integer"))
 
     @property
     def code(self) -> dict[str, int]:

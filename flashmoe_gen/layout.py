@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .args import CONTROL, LIST_ENTRY, READY_BLOCK, SEGMENT, STATE, TRACE_EVENT
 from .plan import CHUNK_TOKENS, KernelPlan, TileConfig
 from .spec import MAX_EXPERTS, MAX_WORLD_SIZE, MoESpec
+from .values import require_counts
 
 _ALIGN = 256
 _L2_SHARE = 32 << 20  # bytes of one expert's weights that neighbouring M-blocks find in a GPU's L2: measured on H100
@@ -174,6 +175,12 @@ class WorkspaceLayout:
         gemm2_done_at = column_bits_at + blocks * plan.column_words
         routes_done_at = gemm2_done_at + blocks
         set_words = _ceil(routes_done_at + (spec.world_size * spec.max_tokens if by_rank else 0), 4) * 4
+        require_counts(
+            f"max_tokens={spec.max_tokens} with top_k={spec.top_k} on world_size={spec.world_size} ranks",
+            rows=rows,
+            tasks=2 * (rows // tile.block_m + local_experts * max_group) * tiles,
+            counter_words=set_words,
+        )
         parts = [
             ("state", STATE.size, True),
             ("counter_sets", 2 * set_words * 4, True),

@@ -10,8 +10,10 @@ from .arch import Arch, get_arch
 from .dtypes import get_dtype
 from .errors import SpecError, UnsupportedError
 from .spec import MAX_EXPERTS, MAX_WORLD_SIZE, MoESpec
+from .values import choice, integer
 
 Program = Literal["mma", "wgmma"]
+_CHOICES = {"math": ("tf32", "ffma"), "program": ("mma", "wgmma"), "combine": ("route", "rank")}
 
 CHUNK_TOKENS = 16  # tokens of one dispatch task: a signal's meaning, so the same for every kernel of a heap
 PLANNER_TOKENS = 32  # fewest tokens worth a planner of their own
@@ -71,19 +73,14 @@ class TileConfig:
             ("warps_n", 1, 8),
             ("cluster", 1, 2),
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise SpecError(f"{name}={value!r} is not valid. Must be an integer between {low} and {high}.")
+            object.__setattr__(self, name, integer(name, getattr(self, name), low, high, words="an integer"))
         for name, low, high in (("lag", 0, 1024), ("group", 1, 64)):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high):
-                raise SpecError(f"{name}={value!r} is not valid. Must be None or an integer between {low} and {high}.")
-        if self.math not in (None, "tf32", "ffma"):
-            raise SpecError(f"math={self.math!r} is not valid. Must be 'tf32', 'ffma' or None.")
-        if self.program not in (None, "mma", "wgmma"):
-            raise SpecError(f"program={self.program!r} is not valid. Must be 'mma', 'wgmma' or None.")
-        if self.combine not in (None, "route", "rank"):
-            raise SpecError(f"combine={self.combine!r} is not valid. Must be 'route', 'rank' or None.")
+            if getattr(self, name) is not None:
+                value = integer(name, getattr(self, name), low, high, words="None or an integer")
+                object.__setattr__(self, name, value)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, choice(name, getattr(self, name), choices, also=" or None"))
         if self.block_n % 2:
             raise SpecError(f"block_n={self.block_n} is not valid. Must be even: a gated tile is half gate, half up.")
 

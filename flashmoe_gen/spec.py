@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from .dtypes import DType, get_dtype
 from .errors import SpecError, UnsupportedError
+from .values import INT32_MAX, choice, flag, integer, number
 
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
@@ -24,14 +24,6 @@ _CHOICES = {
     "scoring": ("softmax", "sigmoid"),
     "group_score": ("max", "top2_sum"),
 }
-
-
-def _require_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise SpecError(f"{name}={value!r} is not valid. Must be an integer.")
-    if value < low or (high is not None and value > high):
-        limits = f">= {low}" if high is None else f"between {low} and {high}"
-        raise SpecError(f"{name}={value} is not valid. Must be {limits}.")
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,7 @@ class MoESpec:
         group_score: a group's score: its best expert (``"max"``, DeepSeek-V2) or the sum of its two best
             (``"top2_sum"``, DeepSeek-V3, arXiv:2412.19437). Default: ``"max"`` for softmax, else ``"top2_sum"``.
         routed_scale: multiplies every weight, after renormalisation.
-        capacity: the most rows per (expert, source rank); later tokens are dropped. ``None`` is dropless.
+        capacity: the most rows per (expert, source rank), below 2^31; later tokens are dropped. ``None`` is dropless.
         max_tokens: the most tokens of one rank in one call; sizes buffers, never the kernel.
         world_size: number of ranks, 1 to 8.
         batch_invariant: a token's bits depend on nothing but the token, its routes and the weights.
@@ -102,47 +94,46 @@ class MoESpec:
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
-        if self.group_score is None:
-            object.__setattr__(self, "group_score", "max" if self.scoring == "softmax" else "top2_sum")
         dtype = get_dtype(self.dtype)
+        self._keep("dtype", dtype.name)
+        for name, choices in _CHOICES.items():
+            if name == "group_score" and self.group_score is None:
+                self._keep(name, "max" if self.scoring == "softmax" else "top2_sum")
+            self._keep(name, choice(name, getattr(self, name), choices))
         for name in ("hidden_size", "intermediate_size"):
+            self._keep_integer(name, 1, 1 << 20)
             value = getattr(self, name)
-            _require_int(name, value, 1, 1 << 20)
             if value * dtype.size % 16:
                 raise SpecError(
                     f"{name}={value} is not valid for {self.dtype}. "
                     f"Rows must be a multiple of 16 bytes, that is of {16 // dtype.size} elements."
                 )
-        _require_int("num_experts", self.num_experts, 1, MAX_EXPERTS)
-        _require_int("top_k", self.top_k, 1, min(MAX_TOP_K, self.num_experts))
-        _require_int("max_tokens", self.max_tokens, 1, MAX_TOKENS)
-        _require_int("world_size", self.world_size, 1, MAX_WORLD_SIZE)
+        self._keep_integer("num_experts", 1, MAX_EXPERTS)
+        self._keep_integer("top_k", 1, min(MAX_TOP_K, self.num_experts))
+        self._keep_integer("max_tokens", 1, MAX_TOKENS)
+        self._keep_integer("world_size", 1, MAX_WORLD_SIZE)
         if self.capacity is not None:
-            _require_int("capacity", self.capacity, 1)
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise SpecError(f"{name}={value!r} is not valid. Must be one of {', '.join(map(repr, choices))}.")
+            self._keep_integer("capacity", 1, INT32_MAX)
         for name in ("bias", "renormalize", "batch_invariant"):
-            if not isinstance(getattr(self, name), bool):
-                raise SpecError(f"{name}={getattr(self, name)!r} is not valid. Must be True or False.")
+            self._keep(name, flag(name, getattr(self, name)))
         for name in ("swish_alpha", "swish_beta", "up_offset", "routed_scale"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise SpecError(f"{name}={value!r} is not valid. Must be a finite number.")
-            object.__setattr__(self, name, float(value))
+            self._keep(name, number(name, getattr(self, name)))
         if self.gate_limit is not None:
-            limit = self.gate_limit
-            if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < math.inf:
-                raise SpecError(f"gate_limit={limit!r} is not valid. Must be a positive number or None.")
-            object.__setattr__(self, "gate_limit", float(limit))
+            limit = number("gate_limit", self.gate_limit, words="a positive number or None", positive=True)
+            self._keep("gate_limit", limit)
         if self.mlp == "vanilla" and (self.gate_limit is not None or self.up_offset != 0.0):
             raise SpecError("gate_limit and up_offset belong to a gated MLP; mlp='vanilla' has no gate.")
         self._check_groups()
 
+    def _keep(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _keep_integer(self, name: str, low: int, high: int) -> None:
+        self._keep(name, integer(name, getattr(self, name), low, high))
+
     def _check_groups(self) -> None:
-        _require_int("num_groups", self.num_groups, 1, self.num_experts)
-        _require_int("top_groups", self.top_groups, 1, self.num_groups)
+        self._keep_integer("num_groups", 1, self.num_experts)
+        self._keep_integer("top_groups", 1, self.num_groups)
         if self.num_experts % self.num_groups:
             raise SpecError(f"num_groups={self.num_groups} is not valid. Must divide num_experts={self.num_experts}.")
         reachable = self.num_experts // self.num_groups * self.top_groups
@@ -204,14 +195,21 @@ class Placement:
         slots_per_rank: ``slots_per_rank[rank][slot]`` is the expert in that slot.
 
     Raises:
-        SpecError: an expert is missing.
+        SpecError: an expert is missing, or is no integer.
         UnsupportedError: an expert appears more than once (replicas).
     """
 
     slots_per_rank: tuple[tuple[int, ...], ...]
 
     def __init__(self, slots_per_rank: Sequence[Sequence[int]]) -> None:
-        slots = tuple(tuple(int(expert) for expert in rank) for rank in slots_per_rank)
+        try:
+            listed = [list(rank) for rank in slots_per_rank]
+        except TypeError:
+            raise SpecError(f"slots_per_rank={slots_per_rank!r} is not valid. Must be a list of experts for each rank.") from None
+        slots = tuple(
+            tuple(integer(f"slots_per_rank[{r}][{s}]", expert, -MAX_EXPERTS, MAX_EXPERTS) for s, expert in enumerate(rank))
+            for r, rank in enumerate(listed)
+        )
         object.__setattr__(self, "slots_per_rank", slots)
         held = sorted(expert for rank in slots for expert in rank)
         if len(set(held)) != len(held):
@@ -223,7 +221,13 @@ class Placement:
 
     @classmethod
     def default(cls, num_experts: int, world_size: int) -> Placement:
-        """Equal contiguous blocks; the remainder goes to the first ranks."""
+        """Equal contiguous blocks; the remainder goes to the first ranks.
+
+        Raises:
+            SpecError: a number is out of range.
+        """
+        num_experts = integer("num_experts", num_experts, 1, MAX_EXPERTS)
+        world_size = integer("world_size", world_size, 1, MAX_WORLD_SIZE)
         share, extra = divmod(num_experts, world_size)
         starts = [rank * share + min(rank, extra) for rank in range(world_size + 1)]
         return cls([range(starts[rank], starts[rank + 1]) for rank in range(world_size)])
@@ -237,9 +241,18 @@ class Placement:
         return len(self.slots_per_rank)
 
     def local_experts(self, rank: int) -> tuple[int, ...]:
-        """The experts of one rank in slot order."""
-        return self.slots_per_rank[rank]
+        """The experts of one rank in slot order.
+
+        Raises:
+            SpecError: there is no such rank.
+        """
+        return self.slots_per_rank[integer("rank", rank, 0, self.world_size - 1)]
 
     def owner(self, expert: int) -> int:
-        """The rank that holds an expert."""
+        """The rank that holds an expert.
+
+        Raises:
+            SpecError: there is no such expert.
+        """
+        expert = integer("expert", expert, 0, self.num_experts - 1)
         return next(rank for rank, slots in enumerate(self.slots_per_rank) if expert in slots)
