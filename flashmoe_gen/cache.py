@@ -17,8 +17,8 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ _LOCK_S = 900.0  # longest wait for another builder, in seconds
 _STALE_S = 600.0  # age at which an unfinished folder is taken for a dead builder's: writing one takes milliseconds
 _ENTRY_NAME = re.compile(r"[A-Za-z0-9_.-]+-[0-9a-f]{16}")
 _LEFTOVERS = (".building-", ".broken-")
-_ATTEMPTS = 10  # to put an entry into its place while others clear or replace
+_ATTEMPTS = 1000  # to put an entry into its place while others clear or replace
 _OCCUPIED = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 
 
@@ -161,7 +161,8 @@ class Cache:
         entry = folder / f"{file_stem(name)}-{key[:16]}"
         with suppress(_DamagedError):
             return self._read(entry, key)
-        self._make(folder)
+        self._write(lambda: _make(folder))
+        trust.check(folder, root=self.path)
         with locks.held(self.path / "locks" / f"{key[:16]}.lock", wait_s=_LOCK_S, what=name):
             try:
                 return self._read(entry, key)  # built while this process waited
@@ -171,8 +172,7 @@ class Cache:
             image = compile_text(text, name=name, arch=arch, keep_in=self.path / "failed")
             record = {"key": key, "name": name, "arch": arch, "digest": digest, "text_sha256": text_hash}
             record |= _describe(image) | {"metadata": metadata}
-            with self._writing():
-                self._store(entry, key, text, image, record)
+            self._write(lambda: self._store(entry, key, text, image, record))
             self._sweep(folder)
         return _kernel(entry, record, image.log, from_cache=False)
 
@@ -207,9 +207,8 @@ class Cache:
                     source.unlink(missing_ok=True)
                 except OSError as error:
                     failure = failure or error
-        with self._writing():
-            if failure:
-                raise failure
+        if failure:
+            raise self._unwritable(failure) from failure
         return removed
 
     def _folders(self) -> list[Path]:
@@ -237,43 +236,36 @@ class Cache:
                         return self._read(entry)
         return None
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _write(self, step: Callable[[], None]) -> None:
+        """Do a step that makes files; do it again when somebody removes the folders meanwhile."""
         try:
-            yield
+            for _ in range(_ATTEMPTS - 1):
+                with suppress(FileNotFoundError):
+                    return step()
+            step()
         except OSError as error:
-            raise CacheError(
-                f"The kernel cache {self.path} cannot be written: {error}. "
-                "Set FLASHMOE_CACHE_DIR to a writable directory with free space."
-            ) from error
+            raise self._unwritable(error) from error
 
-    def _make(self, folder: Path) -> None:
-        """Make a folder that can be trusted and written to: found out before minutes are spent on compiling."""
-        with self._writing():
-            trust.make_folder(folder)
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-        trust.check(folder, root=self.path)
+    def _unwritable(self, error: OSError) -> CacheError:
+        return CacheError(
+            f"The kernel cache {self.path} cannot be written: {error}. "
+            "Set FLASHMOE_CACHE_DIR to a writable directory with free space."
+        )
 
     def _store(self, entry: Path, key: str, text: str, image: Image, record: dict[str, Any]) -> None:
-        suffix = ".cpp" if record["arch"] == "host" else ".cu"
-        for attempt in range(_ATTEMPTS):
-            draft = entry.with_name(f".building-{entry.name}-{uuid.uuid4().hex[:8]}")
-            try:
-                trust.make_folder(draft)
-                trust.new_file(draft / f"source{suffix}").write_text(text, encoding="utf-8")
-                trust.new_file(draft / _image_name(record["arch"])).write_bytes(image.data)
-                trust.new_file(draft / "build.log").write_text(image.log, encoding="utf-8")
-                metadata = json.dumps(record, indent=1, default=str)
-                trust.new_file(draft / "metadata.json").write_text(metadata, encoding="utf-8")
-                return self._publish(draft, entry, key)
-            except FileNotFoundError:  # somebody removed the folder, or the whole cache
-                shutil.rmtree(draft, ignore_errors=True)
-                if attempt == _ATTEMPTS - 1:
-                    raise
-            except BaseException:
-                shutil.rmtree(draft, ignore_errors=True)
-                raise
+        draft = entry.with_name(f".building-{entry.name}-{uuid.uuid4().hex[:8]}")
+        try:
+            trust.make_folder(draft)
+            suffix = ".cpp" if record["arch"] == "host" else ".cu"
+            trust.new_file(draft / f"source{suffix}").write_text(text, encoding="utf-8")
+            trust.new_file(draft / _image_name(record["arch"])).write_bytes(image.data)
+            trust.new_file(draft / "build.log").write_text(image.log, encoding="utf-8")
+            described = json.dumps(record, indent=1, default=str)
+            trust.new_file(draft / "metadata.json").write_text(described, encoding="utf-8")
+            self._publish(draft, entry, key)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
 
     def _publish(self, draft: Path, entry: Path, key: str) -> None:
         """Rename the draft into its place; keep an intact entry that another builder put there, replace a damaged one."""
@@ -321,6 +313,13 @@ class Cache:
 
 class _DamagedError(Exception):
     """The entry is absent, incomplete, changed, or of another kernel."""
+
+
+def _make(folder: Path) -> None:
+    """Make a folder that can be written to: found out before minutes are spent on compiling."""
+    trust.make_folder(folder)
+    if not os.access(folder, os.W_OK | os.X_OK) and folder.stat() and not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def _image_name(arch: str) -> str:

@@ -62,7 +62,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(mode=0o755)
     except FileExistsError:
-        if not path.is_dir():
+        if not stat.S_ISDIR(path.stat().st_mode):  # FileNotFoundError: it was removed meanwhile
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
     else:
         settle(path)
