@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 import flashmoe_gen as fmg
 
@@ -19,8 +21,8 @@ layers = [fmg.MoELayer(spec, target="host", comm=comm, placement=placement) for 
 rng = np.random.default_rng(0)
 
 
-def random(*shape: int) -> np.ndarray:
-    return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(ml_dtypes.bfloat16)
+def random(*shape: int) -> npt.NDArray[Any]:
+    return np.asarray(rng.standard_normal(shape) / np.sqrt(shape[-1]), ml_dtypes.bfloat16)
 
 
 gate, up = random(16, 128, 256), random(16, 128, 256)  # nn.Linear layout: [experts, out, in]

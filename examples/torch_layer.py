@@ -1,5 +1,7 @@
 """One MoE layer on torch tensors, on torch's current stream; runs on a GPU if there is one, else on the host target."""
 
+import math
+
 import torch
 
 import flashmoe_gen as fmg
@@ -9,7 +11,7 @@ spec = fmg.MoESpec(256, 128, num_experts=16, top_k=4, max_tokens=64)
 
 
 def random(*shape: int) -> torch.Tensor:
-    return (torch.randn(shape, device=device) / shape[-1] ** 0.5).bfloat16()
+    return (torch.randn(shape, device=device) / math.sqrt(shape[-1])).bfloat16()
 
 
 experts = fmg.Experts(gate=random(16, 128, 256), up=random(16, 128, 256), down=random(16, 256, 128))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from threadpoolctl import threadpool_limits
 
 from ..arch import ARCHS, get_arch
@@ -55,7 +57,9 @@ def demo(
     if asked.instrument.code:
         raise SpecError(f"--set {next(iter(asked.instrument.code))} is not valid for demo. See flashmoe-gen trace.")
     where = CudaTarget() if chosen == "cuda" else HostTarget()
-    report = _Demo(model, asked.spec, asked.tile_for(where.arch), where, seed, quiet=json_)
+    sets = [f"--set={text}" for text in set_ or [] if text.partition("=")[0] not in asked.tile]
+    command = shlex.join(["flashmoe-gen", "compile", "--model", model, *sets, "--arch", "all"])
+    report = _Demo(model, asked.spec, asked.tile_for(where.arch), where, seed, command, quiet=json_)
     result = report.run()
     if json_:
         console.print_json(result)
@@ -67,8 +71,9 @@ class _Demo:
     """One run of the demo; prints as it goes, unless ``quiet``."""
 
     def __init__(
-        self, model: str, spec: MoESpec, tile: TileConfig, target: HostTarget | CudaTarget, seed: int, *, quiet: bool
+        self, model: str, spec: MoESpec, tile: TileConfig, target: HostTarget | CudaTarget, seed: int, command: str, *, quiet: bool
     ) -> None:
+        self.command = command  # which compiles its kernels for GPUs
         self.model, self.spec, self.tile, self.seed, self.quiet = model, spec, tile, seed, quiet
         self.target, self.arch, self.gpu = target, target.arch, target.name == "cuda"
         self.device = device_name() if self.gpu else target.device
@@ -251,7 +256,7 @@ class _Demo:
             rows = [(k["name"], k["digest"][:12], k["lines"], k["tile"], size(k["shared_bytes"])) for k in found]
             columns = ["kernel", "digest", "lines", "tile", "shared memory"]
             console.table("\nThe same layer for GPUs (generated, not run)", columns, rows)
-            console.say(f"Compile them, without a GPU: flashmoe-gen compile --model {self.model} --arch all")
+            console.say(f"Compile them, without a GPU: {escape(self.command)}")
         return found
 
 

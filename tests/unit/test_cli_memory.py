@@ -44,7 +44,9 @@ finally:
 """
 
 
-@pytest.mark.parametrize("options", ["--experts 16 --tokens 100", "--experts 8 --tokens 300 --ranks 4", "--experts 64 --tokens 1"])
+@pytest.mark.parametrize(
+    "options", ["--experts 16 --tokens 100", "--experts 8 --tokens 300 --ranks 4", "--experts 64 --tokens 1"]
+)
 def test_the_demo_asks_for_what_it_takes(options: str) -> None:
     line = f"demo --set hidden_size=1024 --set intermediate_size=512 {options} --json"
     done = subprocess.run([sys.executable, "-c", DEMO, line], capture_output=True, text=True, check=True)
@@ -58,7 +60,9 @@ def test_a_model_that_just_fits_is_refused() -> None:
     weights = problem.weight_bytes(spec)
     with pytest.MonkeyPatch.context() as patch:
         free(patch, weights + (512 << 20))
-        with pytest.raises(fmg.FlashMoEError, match=r"This needs 2\d\.\d\d GiB of memory, of which 21\.00 .* Try --experts \d+"):
+        with pytest.raises(
+            fmg.FlashMoEError, match=r"This needs 2\d\.\d\d GiB of memory, of which 21\.00 .* Try --experts \d+"
+        ):
             require(spec)
         free(patch, weights + weights // 8)
         require(spec)
@@ -97,13 +101,19 @@ def test_what_else_may_be_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("command", ["demo", "trace --target host"])
 @pytest.mark.parametrize("looks", [(GIB,), (64 * GIB, GIB)])
 def test_commands_look_before_they_take(
-    command: str, looks: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    looks: tuple[int, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     free(monkeypatch, *looks)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(problem, "run_all", lambda *_: pytest.fail("weights are made"))
     with pytest.raises(SystemExit) as caught:
-        main(f"{command} --set hidden_size=256 --set intermediate_size=65536 --set top_k=2 --experts 16 --tokens 2".split())
+        main(
+            f"{command} --set hidden_size=256 --set intermediate_size=65536 --set top_k=2 --experts 16 --tokens 2".split()
+        )
     err = capsys.readouterr().err
     assert caught.value.code == 1 and re.search(r"1\.00 GiB are free\. Try --experts \d\.", err)
     assert ("compiling" in err) == (len(looks) > 1) and not list(tmp_path.iterdir())

@@ -30,7 +30,11 @@ PROGRAM = f"{shlex.quote(sys.executable)} -m flashmoe_gen"
 def shell(line: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a line with pipes and redirections."""
     return subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, text=True, errors="replace", env={**os.environ, **variables}
+        ["bash", "-c", f"set -o pipefail; {line}"],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env={**os.environ, **variables},
     )
 
 
@@ -76,7 +80,9 @@ def test_no_name_or_number_is_broken(line: str, columns: int) -> None:
 
 
 def test_a_pipe_gets_lines_in_one_piece() -> None:
-    lines = shell(f"{PROGRAM} cache list; {PROGRAM} demo {TINY} --experts 8 --tokens 5", COLUMNS="40").stdout.splitlines()
+    lines = shell(
+        f"{PROGRAM} cache list; {PROGRAM} demo {TINY} --experts 8 --tokens 5", COLUMNS="40"
+    ).stdout.splitlines()
     assert any(re.match(r"rank +tokens .* second call$", line) for line in lines)
 
 
@@ -85,7 +91,9 @@ def test_plain_terminals(variables: dict[str, str]) -> None:
     assert re.search(r"^\d+ kernels, .* in /", on_terminal("cache list", 80, **variables), re.MULTILINE)
 
 
-@pytest.mark.parametrize("line", [f"generate {TINY}", f"generate {TINY} --json", "cache list", f"demo {TINY} --experts 8"])
+@pytest.mark.parametrize(
+    "line", [f"generate {TINY}", f"generate {TINY} --json", "cache list", f"demo {TINY} --experts 8"]
+)
 def test_a_full_disk(line: str) -> None:
     done = shell(f"{PROGRAM} {line} > /dev/full")
     assert done.returncode == 1
@@ -102,13 +110,19 @@ def test_streams_that_are_closed_or_full(closed: str) -> None:
 
 def test_a_reader_that_has_seen_enough() -> None:
     done = shell(f"{PROGRAM} demo {TINY} --experts 8 --tokens 3 | head -n 1")
-    assert done.stdout == "qwen3-30b-a3b: spec and plan\n" and "Traceback" not in done.stderr and "Broken" not in done.stderr
+    assert (
+        done.stdout == "qwen3-30b-a3b: spec and plan\n"
+        and "Traceback" not in done.stderr
+        and "Broken" not in done.stderr
+    )
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_text_that_a_stream_cannot_encode(encoding: str) -> None:
     done = shell(rf"{PROGRAM} generate --config /tmp/ü$'\xff'€ --json", PYTHONIOENCODING=encoding)
-    assert done.returncode == 2 and json.loads(done.stdout)["error"]["exit_code"] == 2 and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and json.loads(done.stdout)["error"]["exit_code"] == 2 and "Traceback" not in done.stderr
+    )
     assert shell(f"{PROGRAM} generate {TINY}", PYTHONIOENCODING=encoding).returncode == 0
 
 
@@ -118,7 +132,9 @@ def test_json_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found == {"a": None, "b": [None, 1.5], "c": "x", "d": [None, True]}
 
 
-def test_a_slow_step_says_that_it_is_not_over(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_step_says_that_it_is_not_over(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(console, "_STILL_S", 0.01)
 
     def wait_for(text: str) -> None:
