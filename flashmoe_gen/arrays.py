@@ -133,6 +133,8 @@ def _torch_view(tensor: Any, name: str) -> View:
             raise SpecError(f"{name} is a {kind} of layout {tensor.layout}, without one block of memory. Pass a dense tensor.")
         if tensor.is_neg() or tensor.is_conj():
             raise SpecError(f"{name} is a view whose negation or conjugation is pending. Pass {name}.resolve_neg().resolve_conj().")
+        if getattr(tensor, "fake_mode", None) is not None:  # asking it for its memory warns, and may end the process one day
+            raise SpecError(f"{name} is a {kind}, which has no memory. Pass a tensor with data.")
         dtype, pointer, shape = str(tensor.dtype).removeprefix("torch."), tensor.data_ptr(), tuple(tensor.shape)
         if pointer == 0 and 0 not in shape:
             raise SpecError(f"{name} is a {kind} on {str(tensor.device)!r} that has no memory. Pass a tensor with data.")
