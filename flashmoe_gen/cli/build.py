@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
 from ..arch import get_arch
 from ..cache import CompiledKernel
+from ..compile import find_host_compiler, slow_first_use
+from ..errors import FlashMoEError
 from ..instrument import Instrument
 from ..launch import cuda, host
 from ..plan import TileConfig, default_tile, plan_kernel
@@ -76,13 +78,23 @@ def build(jobs: list[Job]) -> list[CompiledKernel]:
     Raises:
         CompileError, CacheError: of the first one that fails.
     """
-    with console.progress("compiling", len(jobs)) as tally:
+    with compiling(jobs) as tally:
 
         def work(job: Job) -> CompiledKernel:
             with tally.working_on(str(job)):
                 return job.build()
 
         return run_all(work, jobs, AT_A_TIME)
+
+
+@contextmanager
+def compiling(jobs: list[Job]) -> Iterator[console.Tally]:
+    """Show that they are compiled, and why that may take long."""
+    with console.progress("compiling", len(jobs)) as tally:
+        if any(job.arch == "host" for job in jobs):
+            with suppress(FlashMoEError):  # without a compiler there may still be a cache
+                tally.hint = slow_first_use(find_host_compiler().command) or ""
+        yield tally
 
 
 @contextmanager

@@ -155,7 +155,10 @@ class Tally:
 
     Attributes:
         done: call it with a line to print whenever one of them is done.
+        hint: why it may take long.
     """
+
+    hint = ""
 
     def __init__(self, verb: str, done: Callable[[str], None]) -> None:
         self.done = done
@@ -183,7 +186,7 @@ def progress(verb: str, total: int) -> Iterator[Tally]:
         if bar is None:
             tally = Tally(verb, note)
             note(f"{verb} ...")
-            with _noted(lambda: str(tally)), _repeated(lambda: str(tally)):
+            with _noted(lambda: str(tally)), _repeated(lambda: str(tally), lambda: tally.hint):
                 yield tally
             return
         task = bar.add_task(verb, total=total)
@@ -209,13 +212,13 @@ def _bar(*columns: Any) -> Iterator[Progress | None]:
 
 
 @contextmanager
-def _repeated(text: Callable[[], str]) -> Iterator[None]:
+def _repeated(text: Callable[[], str], hint: Callable[[], str] = _idle) -> Iterator[None]:
     """Say now and then that this is still going on, and for how long."""
     over, begin = threading.Event(), time.monotonic()
 
     def tick() -> None:
         while not over.wait(_STILL_S):
-            note(f"still {text()}, {time.monotonic() - begin:.0f} s")
+            note(f"still {text()}, {time.monotonic() - begin:.0f} s{f' ({hint()})' if hint() else ''}")
 
     threading.Thread(target=tick, daemon=True).start()
     try:

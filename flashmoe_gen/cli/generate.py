@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -82,7 +84,7 @@ def compile_command(
     jobs: list[Job] = []
     if model is not None or config is not None or set_ or kernel is not None:
         asked = request(model, config, set_, kernel=kernel)
-        jobs = [_job(asked, name, kind) for name in archs for kind in kinds]
+        jobs += _jobs(asked, archs, kinds)
         _note_unused(asked, [job.source for job in jobs if job.source is not None])
     jobs += [build.program(name) for name in archs]
     results = _compile_all(jobs)
@@ -103,6 +105,22 @@ def _job(asked: Request, arch: str, kind: str) -> Job:
     return build.kernel(asked.spec, arch, kind, tile, asked.instrument)
 
 
+def _jobs(asked: Request, archs: list[str], kinds: Sequence[str]) -> Iterator[Job]:
+    """The kernels for every architecture; one that cannot have them fails in its turn."""
+    for arch in archs:
+        for kind in kinds:
+            try:
+                yield _job(asked, arch, kind)
+            except SpecError:
+                raise
+            except FlashMoEError as error:
+                yield Job(arch, kind, None, functools.partial(_fail, error))
+
+
+def _fail(error: FlashMoEError) -> NoReturn:
+    raise error
+
+
 def _note_unused(asked: Request, sources: list[KernelSource]) -> None:
     """Say which fields change nothing here: they are checked, and then passed to a kernel when it is launched."""
     used = {name for source in sources for part in ("spec", "tile") for name in source.metadata[part]}
@@ -113,7 +131,7 @@ def _note_unused(asked: Request, sources: list[KernelSource]) -> None:
 
 def _compile_all(jobs: list[Job]) -> list[dict[str, Any]]:
     """Compile them; failures are results too."""
-    with console.progress("compiling", len(jobs)) as tally:
+    with build.compiling(jobs) as tally:
 
         def work(job: Job) -> dict[str, Any]:
             with tally.working_on(str(job)):

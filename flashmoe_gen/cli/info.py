@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
-from .. import __version__, env
+from .. import __version__, env, packages
 from ..arch import ARCHS
 from ..compile import compiler_identity, find_host_compiler
 from ..errors import FlashMoEError
@@ -22,18 +21,11 @@ from .memory import available_bytes
 
 _PACKAGES = (
     "numpy ml_dtypes jinja2 cupy-cuda12x cupy-cuda13x nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 nvidia-cuda-nvrtc "
-    "nvidia-cuda-runtime nvshmem4py-cu12 nvshmem4py-cu13 mpi4py torch ziglang"
+    "nvidia-cuda-runtime nvshmem4py-cu12 nvidia-nvshmem-cu12 nvshmem4py-cu13 nvidia-nvshmem-cu13 mpi4py torch ziglang"
 ).split()
 
-_VARIABLES: dict[str, Callable[[], object]] = {
-    "FLASHMOE_CACHE_DIR": env.cache_dir,
-    "FLASHMOE_TIMEOUT_S": env.timeout_s,
-    "FLASHMOE_TARGET": lambda: env.target() or "automatic",
-    "FLASHMOE_NO_JIT": env.no_jit,
-    "FLASHMOE_KEEP_SOURCE": lambda: env.keep_source() or "nowhere",
-    "FLASHMOE_LOG": env.log_level,
-    "CXX": lambda: os.environ.get("CXX") or "automatic",
-}
+_VARIABLES: dict[str, Callable[[], object]] = {**env.VARIABLES, "CXX": lambda: os.environ.get("CXX") or None}
+_UNSET = {"FLASHMOE_KEEP_SOURCE": "nowhere"}  # what a variable without a value means; automatic
 
 
 def info(json_: JsonFlag = False) -> None:
@@ -60,7 +52,7 @@ def collect() -> dict[str, Any]:
     return {
         "version": __version__,
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: packages.version(name) for name in _PACKAGES},
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": available_bytes(),
@@ -69,6 +61,7 @@ def collect() -> dict[str, Any]:
             "compiling and running on the host": _try(lambda: find_host_compiler().version),
             "compiling for GPUs": _try(lambda: compiler_identity("sm_90a").split(" -")[0]),
             "running on GPUs": _try(lambda: _target(CudaTarget())),
+            "ranks in several processes": {"usable": False, "detail": _several_processes()},
         },
         "gpus": _gpus(),
         "environment": {name: _setting(name, read) for name, read in _VARIABLES.items()},
@@ -86,11 +79,14 @@ def _target(target: CudaTarget) -> str:
     return f"{target.device}, with kernels for {target.arch}"
 
 
-def _version(package: str) -> str | None:
+def _several_processes() -> str:
+    none_yet = "this version does not run them yet"
+    if not any(packages.version(name) for pair in packages.NVSHMEM_PAIRS.values() for name in pair):
+        return f"{none_yet}, and NVSHMEM is not installed"
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        return f"{none_yet}; {packages.check_nvshmem()}, a tested pair, is installed"
+    except FlashMoEError as error:
+        return f"{none_yet}. {error}"
 
 
 def _cpu() -> str:
@@ -128,7 +124,11 @@ def _gpu_row(gpu: dict[str, Any]) -> tuple[str, str, str]:
 
 def _setting(name: str, read: Callable[[], object]) -> dict[str, Any]:
     try:
-        return {"set": name in os.environ, "value": str(read())}
+        value = read()
+        return {
+            "set": bool(os.environ.get(name)),
+            "value": str(_UNSET.get(name, "automatic") if value is None else value),
+        }
     except FlashMoEError as error:
         return {"set": True, "value": f"not valid: {error}"}
 

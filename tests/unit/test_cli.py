@@ -19,7 +19,7 @@ import pytest
 import flashmoe_gen as fmg
 from flashmoe_gen import bench as bench_room
 from flashmoe_gen import compile as compile_module
-from flashmoe_gen.cli import bench, checks, demo, main, problem, trace
+from flashmoe_gen.cli import bench, build, checks, console, demo, main, problem, trace
 
 TINY = "--set hidden_size=64 --set intermediate_size=32 --set top_k=2"
 TINY_DEMO = f"demo {TINY} --experts 8 --tokens 5 --ranks 3"
@@ -238,6 +238,17 @@ def test_compile_builds_all_that_a_layer_needs(run: Runner, own_cache: Path, mon
         use(layer)
 
 
+def test_one_architecture_fails_alone(run: Runner, own_cache: Path) -> None:
+    """The others are compiled."""
+    line = f"compile {TINY} --set program=wgmma --arch host --arch sm_80"
+    out, err = run(line, 1)
+    assert err.count("error: host: program='wgmma' is not supported on 'host'") == 1
+    assert "flashmoe_launcher" in out and "flashmoe_router" in out
+    failed = [(built["arch"], built["kind"]) for built in run.json(line, 1) if "error" in built and built["kind"] == "moe"]
+    assert failed == [("host", "moe"), ("sm_80", "moe")]
+    assert "Must be" in run(f"compile {TINY} --arch all --set stages=1", 2)[1], "wrong whatever the machine"
+
+
 def test_kernel_restricts_what_compile_builds(run: Runner, own_cache: Path) -> None:
     for kind in ("router", "moe"):
         assert [built["kind"] for built in run.json(f"compile {TINY} --kernel {kind}")] == [kind, "program"]
@@ -269,6 +280,12 @@ def test_compile_without_a_compiler(run: Runner, own_cache: Path, monkeypatch: p
     assert run(f"compile {TINY}", 1)[1].count("No C++ compiler found") == 1, "each error once, with all it is about"
     results = run.json(f"compile {TINY}", 1)
     assert [result["error"]["type"] for result in results] == ["CompileError"] * 3
+
+
+def test_a_compiler_that_is_slow_at_first_use(run: Runner, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "slow_first_use", lambda command: "it builds its own libraries")
+    monkeypatch.setattr(console, "_STILL_S", 0.01)
+    assert re.search(r"still compiling the .* for host.*, 0 s \(it builds its own libraries\)", run(f"compile {TINY}")[1])
 
 
 def test_info(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
