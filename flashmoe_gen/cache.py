@@ -214,7 +214,7 @@ class Cache:
     def _folders(self) -> list[Path]:
         """All entries, damaged ones too; nothing else, whatever folder the user took for a cache."""
         found = (folder for arch in sorted(ARCHS) for folder in self._children(self.path / arch))
-        return [folder for folder in found if _ENTRY_NAME.fullmatch(folder.name) and folder.is_dir()]
+        return [folder for folder in found if _ENTRY_NAME.fullmatch(folder.name) and os.path.isdir(folder)]
 
     def _children(self, folder: Path) -> list[Path]:
         try:
@@ -397,7 +397,7 @@ def _discard(entry: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+    if os.path.isdir(path) and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):

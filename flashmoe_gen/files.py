@@ -40,7 +40,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             with suppress(OSError):
                 draft.unlink()
             raise
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         raise _refusal(path, error) from error
 
 
@@ -58,7 +58,7 @@ def require_writable(path: Path) -> None:
             raise _error(errno.ENOTDIR if place.parent.exists() else errno.ENOENT)
         if not place.exists() and not os.access(place.parent, os.W_OK | os.X_OK):
             raise _error(errno.EACCES)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         raise _refusal(path, error) from error
 
 
@@ -82,5 +82,5 @@ def _error(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
-def _refusal(path: Path, error: OSError) -> FlashMoEError:
-    return FlashMoEError(f"{path} cannot be written: {error.strerror or error}.")
+def _refusal(path: Path, error: OSError | ValueError) -> FlashMoEError:
+    return FlashMoEError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.")

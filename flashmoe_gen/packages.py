@@ -97,7 +97,8 @@ def check_nvshmem() -> str:
     Raises:
         UnsupportedError: they are not installed, or are not the pair that was tested; names both.
     """
-    for extra, pair in NVSHMEM_PAIRS.items():
+    # With both here, the one of the CuPy that is here.
+    for extra, pair in sorted(NVSHMEM_PAIRS.items(), key=lambda item: not version(f"cupy-cuda{item[0][-2:]}x")):
         found = {name: version(name) for name in pair}
         if not any(found.values()):
             continue

@@ -70,7 +70,7 @@ class KernelSource:
         """
         target = Path(path)
         is_new = not os.path.lexists(target) and (not target.suffix or os.fspath(path).endswith(os.sep))
-        if target.is_dir() or is_new:
+        if os.path.isdir(target) or is_new:
             target = target / f"{self.name}{self.suffix}"
         files.write_text(target, self.text)
         return target

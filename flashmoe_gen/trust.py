@@ -39,7 +39,7 @@ def check(path: Path, *, root: Path | None = None) -> None:
     trust = env.cache_trust()
     if trust == "all":
         return
-    root = root or (path if path.is_dir() else path.parent)
+    root = root or (path if os.path.isdir(path) else path.parent)
     group = _shared_group(root)
     trusted_group = group if trust == "group" else None
     for node, state, is_above in _nodes(path, root):
@@ -56,7 +56,7 @@ def check(path: Path, *, root: Path | None = None) -> None:
 
 def make_folder(path: Path) -> None:
     """Make a folder and those above it that are missing, so that :func:`check` accepts them whatever the umask."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return
     make_folder(path.parent)
     try:
@@ -98,7 +98,7 @@ def _nodes(path: Path, root: Path) -> list[tuple[Path, os.stat_result, bool]]:
         for step in _way(path):
             way.append(step)
         files = [way.pop()]  # the path itself
-        if path.is_dir():
+        if os.path.isdir(path):
             files += [(Path(file.path), file.stat(follow_symlinks=False)) for file in os.scandir(path)]
     except (FileNotFoundError, NotADirectoryError):
         pass  # whoever reads it finds out
@@ -121,6 +121,8 @@ def _way(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
             continue
         there = here / word
         state = there.lstat()
+        if words and not (stat.S_ISDIR(state.st_mode) or stat.S_ISLNK(state.st_mode)):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
         yield there, state
         if not stat.S_ISLNK(state.st_mode):
             here = there
