@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from flashmoe_gen import nvrtc as nvrtc_module
+from flashmoe_gen import packages
 from flashmoe_gen.arch import ARCHS
 from flashmoe_gen.cache import Cache
 from flashmoe_gen.compile import Image, compile_text, compiler_identity, runs_here
 from flashmoe_gen.cubin import logged_spill_bytes, usage
-from flashmoe_gen.errors import CompileError, UnsupportedError
+from flashmoe_gen.errors import CompileError, SpecError, UnsupportedError
 
 # Asked without the package, so that a fault of the package is a failure and not a skip.
 try:
@@ -100,6 +102,52 @@ def test_elf_and_ptxas_agree(arch: str) -> None:
     assert image.registers == max(kernel.registers for kernel in kernels.values())
 
 
+def test_the_version_is_that_of_the_package() -> None:
+    """nvrtcVersion() says 13.2 for 13.2.78 and for 13.2.86, whose cubins differ."""
+    major, minor = nvrtc.getVersion()
+    package = "nvidia-cuda-nvrtc-cu12" if major == 12 else "nvidia-cuda-nvrtc"
+    found = nvrtc_module.load()
+    assert found.version.startswith(f"NVRTC {major}.{minor}.") and found.build
+    if "site-packages" in Path("/proc/self/maps").read_text().partition("libnvrtc.so")[0].rpartition("\n")[2]:
+        assert found.version == f"NVRTC {packages.version(package)}"
+    assert compiler_identity("sm_90a") == compiler_identity("sm_80") == found.identity
+
+
+# setmaxnreg, which ptxas ignores unless it knows how many registers the launch takes, and says so in a log of success.
+WARPGROUPS = """
+extern "C" __global__ void {bounds} k(float* x) {{
+  if (threadIdx.x < 128) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+  else asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+  x[threadIdx.x] *= 2;
+}}
+"""
+
+
+@pytest.mark.parametrize("bounds", ["", "__launch_bounds__(384)"])
+def test_ignored_setmaxnreg_is_an_error(bounds: str) -> None:
+    good = WARPGROUPS.format(bounds="__launch_bounds__(384, 1)")
+    assert compiled(good, "sm_90a").registers > 100
+    text = WARPGROUPS.format(bounds=bounds)
+    with pytest.raises(CompileError, match=r"ptxas of NVRTC .* did not do what the text asks for .*C75\d\d") as caught:
+        compile_text(text, name="test", arch="sm_90a")
+    assert "setmaxnreg" in caught.value.log and caught.value.source_path
+    assert caught.value.source_path.read_text() == text
+    with pytest.raises(CompileError, match="C75"):
+        compile_text(good, name="test", arch="sm_90a", options=("-G",))
+
+
+@pytest.mark.parametrize(
+    "words", [("-arch=sm_80",), ("-arch", "sm_80"), (" --gpu-architecture", "sm_80"), ("-rdc=true",)]
+)
+def test_options_that_nvrtc_takes_and_that_contradict_ours(words: tuple[str, ...]) -> None:
+    program = nvrtc.createProgram(TINY, "x.cu", (), ())
+    nvrtc.compileProgram(program, ("-std=c++17", *words))  # it does take them
+    nvrtc.destroyProgram(program)
+    with pytest.raises(SpecError, match="is not valid for arch='sm_90a'"):
+        compile_text(TINY, name="test", arch="sm_90a", options=words)
+    assert compiled(TINY, "sm_80", "-arch=sm_80", "-rdc=false").data
+
+
 def test_register_cap_forces_spills() -> None:
     text = MANY.replace("__launch_bounds__(1024, 1)", "")
     assert compiled(text, "sm_90a").spill_bytes == 0
@@ -114,7 +162,7 @@ def test_image_is_reproducible() -> None:
 def test_refused_source_and_the_next_call() -> None:
     bad = '#line 7 "part.cu"\nextern "C" __global__ void k() { absent(); }\n'
     for text in (bad, 'extern "C" __global__ void k() { asm("no such instruction;"); }'):
-        with pytest.raises(CompileError, match=r"NVRTC \d+\.\d+ refused test for sm_90a") as caught:
+        with pytest.raises(CompileError, match=r"NVRTC \d+\.\d+\.\d+ refused test for sm_90a") as caught:
             compile_text(text, name="test", arch="sm_90a")
         assert caught.value.log
         assert caught.value.source_path is not None and caught.value.source_path.read_text() == text
