@@ -20,7 +20,7 @@ from ..launch.cuda import CudaTarget, device_name
 from ..launch.host import HostTarget
 from ..plan import TileConfig, plan_kernel, resolve_combine
 from ..render import KernelSource, generate
-from ..spec import MoESpec
+from ..spec import MAX_TOKENS, MoESpec
 from . import console
 from .build import build, layer
 from .checks import Call, Check, World, check_outputs, check_routes, check_same, joined, output_bound, uneven
@@ -56,6 +56,8 @@ def demo(
     asked = request(model, None, set_, fixed=layer_fields(tokens, ranks, experts))
     if asked.instrument.code:
         raise SpecError(f"--set {next(iter(asked.instrument.code))} is not valid for demo. See flashmoe-gen trace.")
+    if tokens * ranks > MAX_TOKENS:
+        raise SpecError(f"--tokens {tokens} is not valid with {ranks_of(asked.spec)}. All together must be at most {MAX_TOKENS}.")
     where = CudaTarget() if chosen == "cuda" else HostTarget()
     sets = [f"--set={text}" for text in set_ or [] if text.partition("=")[0] not in asked.tile]
     command = shlex.join(["flashmoe-gen", "compile", "--model", model, *sets, "--arch", "all"])

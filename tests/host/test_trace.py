@@ -108,6 +108,21 @@ def test_summary_and_file() -> None:
     assert {(event["pid"], event["tid"]) for event in spans} == named
 
 
+def test_what_is_not_recorded_is_none() -> None:
+    """Not 0, which would be the best of all times."""
+    problem = Problem(SPEC)
+    x, ids, weights = problem.tokens(9, 1), np.full((9, 2), -1, np.int32), np.ones((9, 2), np.float32)
+    with fmg.MoELayer(SPEC, target="host", instrument=fmg.Instrument(trace_events=500)) as layer:
+        call(layer, 9)
+        some = vars(trace.summarize(layer.take_trace()))
+        layer(x, ids, weights, fmg.Experts(**problem.weights))  # every route is masked: there are no tiles
+        none = vars(trace.summarize(layer.take_trace()))
+    assert [name for name, value in some.items() if value is None] == ["first_task"], "the host does not record it"
+    assert none["tiles"] == 0 and none["total"] > 0
+    of_tiles = "first_products last_gemm1 last_gemm2 arrival_to_products tail busy_percent bubble bubble_90 idle_at_end".split()
+    assert all(none[name] is None for name in of_tiles)
+
+
 def test_errors() -> None:
     with fmg.MoELayer(SPEC, target="host") as layer, pytest.raises(fmg.SpecError, match="keeps no trace"):
         layer.take_trace()

@@ -89,6 +89,7 @@ def test_help_and_version(run: Runner) -> None:
         ("demo --set max_tokens=9", "--set max_tokens=9 and --tokens 64 are not valid together. Use --tokens."),
         ("demo --ranks 2 --set world_size=3", "--set world_size=3 and --ranks 2 are not valid together"),
         ("demo --experts 16 --set num_experts=32", "--set num_experts=32 and --experts 16 are not valid together"),
+        ("demo --tokens 9000000 --ranks 2", "--tokens 9000000 is not valid with 2 ranks. All together must be at most"),
         ("demo --set delay_ns=9", "--set delay_ns is not valid for demo"),
         ("trace --tokens 4 --set max_tokens=9", "--set max_tokens=9 and --tokens 4 are not valid together"),
         ("trace --events 4 --set trace_events=9", "--set trace_events=9 and --events 4 are not valid together"),
