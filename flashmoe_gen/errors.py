@@ -18,7 +18,7 @@ class UnsupportedError(FlashMoEError):
 
 
 class CompileError(FlashMoEError):
-    """A compiler is missing or refused a kernel.
+    """A compiler is missing, refused a kernel, or ignored a part of it.
 
     Attributes:
         log: what the compiler printed (empty when it could not be started).
@@ -37,7 +37,7 @@ class CompileError(FlashMoEError):
 
 
 class CacheError(FlashMoEError):
-    """The kernel cache cannot be used: unwritable, or a miss while ``FLASHMOE_NO_JIT=1``."""
+    """The kernel cache cannot be used: unwritable, written by others, or a miss while ``FLASHMOE_NO_JIT=1``."""
 
 
 class CommError(FlashMoEError):

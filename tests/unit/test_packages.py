@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from flashmoe_gen import packages
+from flashmoe_gen.cli import info
 from flashmoe_gen.errors import FlashMoEError, UnsupportedError
 
 Patch = pytest.MonkeyPatch
