@@ -111,6 +111,20 @@ def test_nvshmem_of_the_cupy_that_is_here(monkeypatch: Patch) -> None:
     assert "cu13" in packages.check_nvshmem()
 
 
+@pytest.mark.parametrize(
+    "here,words",
+    [
+        ({}, "NVSHMEM is not installed"),
+        (packages.NVSHMEM_PAIRS["ep-cu12"], "nvidia-nvshmem-cu12 3.4.5, a tested pair, is installed"),
+        ({"nvidia-nvshmem-cu13": "3.8.0"}, "nvidia-nvshmem-cu13 3.8.0 was not tested"),
+    ],
+)
+def test_info_tells_the_state_of_nvshmem(here: dict[str, str], words: str, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(packages, "version", here.get)
+    state = info.collect()["usable"]["ranks in several processes"]
+    assert state["usable"] is False and "does not run them yet" in state["detail"] and words in state["detail"]
+
+
 def test_cupy_that_is_not_installed(monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)  # as importing it does then
     with pytest.raises(UnsupportedError, match="CuPy is not installed: `pip install"):
