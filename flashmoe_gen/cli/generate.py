@@ -173,7 +173,7 @@ def _show(results: list[dict[str, Any]]) -> None:
         )
         for result in built
     ]  # fmt: skip
-    columns = "arch,kernel,digest,registers,spill bytes,shared memory,compiled in,".split(",")
+    columns = "arch,kernel,digest,registers,spill bytes,shared memory,compiled in,state".split(",")
     console.table("", columns, rows, left=3)
     console.say()
     console.pairs("", [(result["name"], result["path"]) for result in built])

@@ -134,8 +134,7 @@ class _Tracing:
                     return _take(world)
                 except _FullError as full:
                     if events is not None or room == MOST_EVENTS:
-                        many = f"one {self.where} of this call has {full.needed}"
-                        raise SpecError(f"--events {room} is not enough: {many}.") from None
+                        raise SpecError(f"--events {room} is not enough. These calls need {full.needed} a {self.where}.") from None
                     room = min(2 * full.needed, MOST_EVENTS)  # who does what differs from call to call
 
     def _traced(self, room: int) -> Instrument:

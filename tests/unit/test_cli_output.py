@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import TINY
 
 from flashmoe_gen import FlashMoEError, files
 from flashmoe_gen.cli import console, main
 
-TINY = "--set hidden_size=64 --set intermediate_size=32 --set top_k=2"
 TRACE = f"trace {TINY} --experts 8 --tokens 3 --target host"
 PROGRAM = f"{shlex.quote(sys.executable)} -m flashmoe_gen"
 
