@@ -6,28 +6,19 @@ implementation of that family computes at inference; ``tests/golden`` holds outp
 
 from __future__ import annotations
 
-import json
 import logging
-import os
+import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from .dtypes import DTYPES
-from .errors import SpecError, UnsupportedError
+from .errors import SpecError
+from .hf_file import Config, ConfigLike, load
+from .hf_layers import require_moe_layers
 
 logger = logging.getLogger("flashmoe_gen")
 
-ConfigLike = str | os.PathLike[str] | Mapping[str, Any]
 Fields = dict[str, Any]
-_T = TypeVar("_T")
-
-_KINDS: dict[type, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "an integer"),
-    float: ((int, float), "a number"),
-    str: ((str,), "a string"),
-}
 
 # quick_gelu is x * sigmoid(1.702 x), a scaled silu. gelu_new and the *_tanh names are one formula.
 _ACTIVATIONS: dict[str, Fields] = {
@@ -44,114 +35,70 @@ _ACTIVATIONS: dict[str, Fields] = {
 }
 
 
-class _Config:
-    """The parsed JSON and where it came from, so that every error names field and file."""
-
-    def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        self.values = values
-        self.source = source
-
-    def get(self, kind: type[_T], *names: str, default: _T | None = None) -> _T:
-        """The first of ``names`` that is present and not null; without a default, absence is an error."""
-        for name in names:
-            value: Any = self.values.get(name)
-            if value is None:
-                continue
-            accepted, words = _KINDS[kind]
-            if type(value) not in accepted:  # not isinstance, to which True is an int
-                raise SpecError(f"{name}={value!r} in {self.source} is not valid. Must be {words}.")
-            if kind is float:
-                value = float(value)
-            result: _T = value
-            return result
-        if default is None:
-            raise SpecError(f"{names[0]} is missing from {self.source}.")
-        return default
-
-    def unsupported(self, name: str, why: str) -> UnsupportedError:
-        return UnsupportedError(f"{name}={self.values.get(name)!r} in {self.source} is not supported. {why}")
-
-    def require(self, name: str, *supported: str) -> None:
-        """Refuse a value that selects another function; an absent field means the first."""
-        if self.get(str, name, default=supported[0]) not in supported:
-            raise self.unsupported(name, f"Must be {' or '.join(map(repr, supported))}.")
+# Names of one thing. transformers writes either of some, reads one, and takes no notice of the others.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "num_selected_experts", "moe_topk")
+_WIDTH = ("intermediate_size", "moe_intermediate_size")  # where the experts are the only MLPs
+_DTYPE = ("dtype", "torch_dtype")
 
 
-def _load(config: ConfigLike) -> _Config:
-    if isinstance(config, Mapping):
-        values, source = config, "the config"
-    elif isinstance(config, (str, os.PathLike)):
-        path = Path(config)
-        path = path / "config.json" if path.is_dir() else path
-        source = str(path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise SpecError(
-                f"config={source!r} cannot be read: {error.strerror or error}. "
-                "Must be a local config.json or the folder that holds it."
-            ) from error
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-            raise SpecError(f"config={source!r} is not valid JSON: {error}") from error
-    else:
-        raise SpecError(f"config={config!r} is not valid. Must be a path or a dict.")
-    if not isinstance(values, Mapping):
-        raise SpecError(f"config={source!r} is not valid. Must hold a JSON object.")
-    text = values.get("text_config")
-    if values.get("model_type") == "llama4" and isinstance(text, Mapping):
-        outer = {name: values[name] for name in ("torch_dtype", "dtype") if name in values}
-        inner = {name: value for name, value in text.items() if value is not None}
-        return _Config({"model_type": "llama4_text", **outer, **inner}, f"text_config of {source}")
-    return _Config(values, source)
-
-
-def _shape(config: _Config, width: str = "moe_intermediate_size") -> Fields:
+def _shape(config: Config, *width: str) -> Fields:
+    width = width or ("moe_intermediate_size",)
+    config.get(int, width[0])  # what the model reads must be there
     return {
         "hidden_size": config.get(int, "hidden_size"),
-        "intermediate_size": config.get(int, width),
-        # transformers maps these names onto each other, and writes either
-        "num_experts": config.get(int, "num_experts", "num_local_experts", "n_routed_experts"),
-        "top_k": config.get(int, "num_experts_per_tok"),
+        "intermediate_size": config.get(int, *width),
+        "num_experts": config.get(int, *_EXPERTS),
+        "top_k": config.get(int, *_TOP_K),
     }
 
 
-def _activation(config: _Config) -> Fields:
-    name = config.get(str, "hidden_act", default="silu")
+def _activation(config: Config) -> Fields:
+    name = config.get(str, "hidden_act", "hidden_activation", default="silu")
     if name not in _ACTIVATIONS:
         raise config.unsupported("hidden_act", f"Must be one of {', '.join(map(repr, _ACTIVATIONS))}.")
     return _ACTIVATIONS[name]
 
 
-def _dtype(config: _Config) -> str:
-    name = config.get(str, "dtype", "torch_dtype", default="bfloat16").removeprefix("torch.")
-    if name not in DTYPES:
-        field = "dtype" if config.values.get("dtype") is not None else "torch_dtype"
+def _dtype(config: Config) -> str:
+    """What ``dtype`` says, or else its older name: transformers writes one, and so reads both."""
+    found = {field: config.get(str, field) for field in _DTYPE if config.values.get(field) is not None}
+    if not found:
+        return "bfloat16"
+    field = next(iter(found))
+    names = [name.removeprefix("torch.") for name in found.values()]
+    if names[0] not in DTYPES:
         raise config.unsupported(field, f"Must be one of {', '.join(map(repr, DTYPES))}.")
-    return name
+    if names[0] != names[-1]:
+        logger.warning(
+            "dtype=%r in %s counts, as in transformers, and torch_dtype=%r does not.", names[0], config.source, names[1]
+        )
+    return names[0]
 
 
-def _qwen_moe(config: _Config) -> Fields:
+def _qwen_moe(config: Config) -> Fields:
     renormalize = config.get(bool, "norm_topk_prob", default=False)
     return {**_shape(config), **_activation(config), "renormalize": renormalize}
 
 
-def _olmoe(config: _Config) -> Fields:
+def _olmoe(config: Config) -> Fields:
     renormalize = config.get(bool, "norm_topk_prob", default=False)
-    return {**_shape(config, "intermediate_size"), **_activation(config), "renormalize": renormalize}
+    return {**_shape(config, *_WIDTH), **_activation(config), "renormalize": renormalize}
 
 
-def _mixtral(config: _Config) -> Fields:
+def _mixtral(config: Config) -> Fields:
     # router_jitter_noise acts in training only
-    return {**_shape(config, "intermediate_size"), **_activation(config), "renormalize": True}
+    config.require_flag("norm_topk_prob", True)
+    return {**_shape(config, *_WIDTH), **_activation(config), "renormalize": True}
 
 
-def _granite(config: _Config) -> Fields:
+def _granite(config: Config) -> Fields:
     # softmax over the chosen logits == softmax over all, chosen, divided by their sum
-    return {**_shape(config, "intermediate_size"), **_activation(config), "renormalize": True}
+    config.require_flag("norm_topk_prob", True)
+    return {**_shape(config, *_WIDTH), **_activation(config), "renormalize": True}
 
 
-def _deepseek_v2(config: _Config) -> Fields:
-    config.require("scoring_func", "softmax")
+def _deepseek_v2(config: Config) -> Fields:
     config.require("topk_method", "greedy", "group_limited_greedy")
     if config.get(bool, "norm_topk_prob", default=False):
         logger.warning(
@@ -172,8 +119,7 @@ def _deepseek_v2(config: _Config) -> Fields:
     return fields
 
 
-def _deepseek_v3(config: _Config) -> Fields:
-    config.require("scoring_func", "sigmoid")
+def _deepseek_v3(config: Config) -> Fields:
     config.require("topk_method", "noaux_tc")
     # No defaults: they differ between families, and a wrong guess routes wrongly without a trace.
     return {
@@ -188,9 +134,10 @@ def _deepseek_v3(config: _Config) -> Fields:
     }
 
 
-def _llama4(config: _Config) -> Fields:
+def _llama4(config: Config) -> Fields:
+    config.require_flag("norm_topk_prob", False)
     return {
-        **_shape(config, "intermediate_size"),
+        **_shape(config, *_WIDTH),
         **_activation(config),
         "scoring": "sigmoid",
         "renormalize": False,
@@ -198,22 +145,25 @@ def _llama4(config: _Config) -> Fields:
     }
 
 
-def _gpt_oss(config: _Config) -> Fields:
+def _gpt_oss(config: Config) -> Fields:
+    config.require_flag("norm_topk_prob", True)
     # gate * sigmoid(alpha * gate) == silu(alpha * gate) / alpha; the model does not read hidden_act
     alpha = config.get(float, "swiglu_alpha", default=1.702)
+    if alpha == 0.0 or math.isinf(1 / alpha):
+        raise SpecError(f"swiglu_alpha={alpha!r} in {config.source} is not valid. Must not be 0.")
     return {
-        **_shape(config, "intermediate_size"),
+        **_shape(config, *_WIDTH),
         "activation": "silu",
         "swish_alpha": 1 / alpha,
         "swish_beta": alpha,
-        "gate_limit": config.get(float, "swiglu_limit", default=7.0),
+        "gate_limit": config.get(float, "swiglu_limit", default=7.0, positive=True),
         "up_offset": 1.0,
         "bias": True,
         "renormalize": True,
     }
 
 
-def _phimoe(config: _Config) -> Fields:
+def _phimoe(config: Config) -> Fields:
     raise config.unsupported(
         "router_jitter_noise",
         "model_type='phimoe' routes by sparsemixer: at inference too, each expert's weight is a softmax over only the "
@@ -221,7 +171,7 @@ def _phimoe(config: _Config) -> Fields:
     )
 
 
-_FAMILIES: dict[str, Callable[[_Config], Fields]] = {
+_FAMILIES: dict[str, Callable[[Config], Fields]] = {
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
     "glm4_moe": _deepseek_v3,
@@ -237,23 +187,57 @@ _FAMILIES: dict[str, Callable[[_Config], Fields]] = {
 }
 
 
-def _shared_deepseek(config: _Config) -> tuple[int, int]:
+_SIGMOID = ("deepseek_v3", "glm4_moe", "llama4", "llama4_text")
+_GROUPED = ("deepseek_v2", "deepseek_v3", "glm4_moe")
+
+
+def _refuse_foreign(config: Config, family: str) -> None:
+    """Fields of other families that change what a layer computes: transformers takes no notice of them here."""
+    config.require("scoring_func", "sigmoid" if family in _SIGMOID else "softmax")
+    why = f"The layers of a {family!r} model do not read it."
+    if family != "gpt_oss":
+        for name in ("swiglu_alpha", "swiglu_limit"):
+            if config.values.get(name) is not None:
+                raise config.unsupported(name, why)
+    if family not in _GROUPED:
+        for name in ("n_group", "routed_scaling_factor"):
+            if config.get(float, name, default=1.0) != 1.0:
+                raise config.unsupported(name, why)
+
+
+def _warn_of_quantization(config: Config, dtype: str) -> None:
+    for name in ("quantization_config", "compression_config"):
+        found = config.values.get(name)
+        if found is not None:
+            method = found.get("quant_method") if isinstance(found, Mapping) else None
+            logger.warning(
+                "%s in %s (quant_method=%r): the spec is of %s layers, so the weights must be dequantised to %s before they are "
+                "given to Experts.",
+                name,
+                config.source,
+                method,
+                dtype,
+                dtype,
+            )
+
+
+def _shared_deepseek(config: Config) -> tuple[int, int]:
     # an explicit null means none; absence means the family's default, at least one
-    count = config.get(int, "n_shared_experts", default=0 if "n_shared_experts" in config.values else 1)
+    count = config.get(int, "n_shared_experts", default=0 if "n_shared_experts" in config.values else 1, low=0)
     return count, count * config.get(int, "moe_intermediate_size")
 
 
-def _shared_llama4(config: _Config) -> tuple[int, int]:
+def _shared_llama4(config: Config) -> tuple[int, int]:
     return 1, config.get(int, "intermediate_size")
 
 
-def _shared_qwen2(config: _Config) -> tuple[int, int]:
-    width = config.get(int, "shared_expert_intermediate_size")
+def _shared_qwen2(config: Config) -> tuple[int, int]:
+    width = config.get(int, "shared_expert_intermediate_size", low=0)
     return int(width > 0), width
 
 
 # (number of shared experts, their total intermediate size); families not listed have none
-_SHARED: dict[str, Callable[[_Config], tuple[int, int]]] = {
+_SHARED: dict[str, Callable[[Config], tuple[int, int]]] = {
     "deepseek_v2": _shared_deepseek,
     "deepseek_v3": _shared_deepseek,
     "glm4_moe": _shared_deepseek,
@@ -263,7 +247,7 @@ _SHARED: dict[str, Callable[[_Config], tuple[int, int]]] = {
 }
 
 
-def _family(config: _Config) -> str:
+def _family(config: Config) -> str:
     model_type = config.get(str, "model_type")
     if model_type not in _FAMILIES:
         supported = ", ".join(repr(name) for name in _FAMILIES if name != "phimoe")
@@ -271,7 +255,7 @@ def _family(config: _Config) -> str:
     return model_type
 
 
-def _shared(config: _Config) -> tuple[int, int]:
+def _shared(config: Config) -> tuple[int, int]:
     size = _SHARED.get(_family(config))
     return size(config) if size else (0, 0)
 
@@ -289,7 +273,7 @@ def shared_experts(config: ConfigLike) -> int:
         UnsupportedError: the ``model_type`` is not known; the message lists those that are.
         SpecError: the file cannot be read, is not JSON, or lacks a field; names field and file.
     """
-    return _shared(_load(config))[0]
+    return _shared(load(config))[0]
 
 
 def spec_fields(config: ConfigLike) -> Fields:
@@ -297,7 +281,8 @@ def spec_fields(config: ConfigLike) -> Fields:
 
     Biases of the router are arguments of a call, not fields: gpt-oss passes its router's bias as ``logit_bias``,
     DeepSeek-V3 and GLM-4 MoE pass ``e_score_correction_bias`` as ``selection_bias``. Shared experts are not part of
-    a spec either; their number is logged as a warning (see :func:`shared_experts`).
+    a spec either; their number is logged as a warning (see :func:`shared_experts`). So is a ``quantization_config``: the
+    spec is of layers in the config's dtype, and their weights must be dequantised.
 
     Args:
         config: path of ``config.json`` or of the folder holding it, or the parsed dict.
@@ -307,10 +292,15 @@ def spec_fields(config: ConfigLike) -> Fields:
 
     Raises:
         UnsupportedError: the model computes something the spec cannot express; names the field and its value.
-        SpecError: the file cannot be read, is not JSON, or a field is missing or of a wrong type; names field and file.
+        SpecError: the file cannot be read, is not JSON, a field is missing or of a wrong type, or two fields contradict
+            each other; names field and file.
     """
-    loaded = _load(config)
-    fields = {"dtype": _dtype(loaded), **_FAMILIES[_family(loaded)](loaded)}
+    loaded = load(config)
+    family = _family(loaded)
+    _refuse_foreign(loaded, family)
+    require_moe_layers(loaded, family)
+    fields = {"dtype": _dtype(loaded), **_FAMILIES[family](loaded)}
+    _warn_of_quantization(loaded, fields["dtype"])
     count, width = _shared(loaded)
     if count:
         logger.warning(

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flashmoe_gen.errors import SpecError, UnsupportedError
@@ -261,3 +262,184 @@ def test_bad_files_are_named(tmp_path: Path, content: bytes | None, message: str
 def test_not_a_path_or_dict() -> None:
     with pytest.raises(SpecError, match="config=3 is not valid"):
         spec_fields(3)  # type: ignore[arg-type]
+
+
+# --- what a config must not say silently ---
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@pytest.mark.parametrize("other", [*EXPERTS, "num_experts_per_token", "experts_per_token"])
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_names_of_one_thing(model_type: str, other: str) -> None:
+    right = 8 if other in EXPERTS else 2
+    assert spec_of(model_type, **{other: right}) == spec_of(model_type)
+    assert spec_of(
+        model_type, **{other: None, **{k: v for k, v in CONFIGS[model_type].items() if k == other}}
+    ) == spec_of(model_type)
+    if other in CONFIGS[model_type]:
+        return
+    with pytest.raises(
+        SpecError, match=rf"\w+={right} and {other}=16 in the config contradict|{other}=16 and \w+={right} in the"
+    ):
+        spec_of(model_type, **{other: 16})
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "granitemoe", "llama4_text", "mixtral", "olmoe"])
+def test_families_that_do_not_read_moe_intermediate_size(model_type: str) -> None:
+    assert spec_of(model_type, moe_intermediate_size=32) == spec_of(model_type)
+    with pytest.raises(
+        SpecError, match="intermediate_size=32 and moe_intermediate_size=64 in the config contradict each other"
+    ):
+        spec_of(model_type, moe_intermediate_size=64)
+    with pytest.raises(SpecError, match="intermediate_size is missing from the config"):
+        spec_of(model_type, intermediate_size=..., moe_intermediate_size=32)
+
+
+def test_two_dtypes(caplog: pytest.LogCaptureFixture) -> None:
+    assert spec_of("mixtral", dtype="torch.float16").dtype == "float16" and not caplog.records
+    assert spec_of("mixtral", dtype="float32").dtype == "float32"
+    assert "dtype='float32' in the config counts" in caplog.text and "torch_dtype='float16' does not" in caplog.text
+    nested = {
+        "model_type": "llama4",
+        "dtype": "float32",
+        "text_config": {**LOCAL_SIZES, "torch_dtype": ..., "dtype": "bfloat16"},
+    }
+    del nested["text_config"]["torch_dtype"]  # type: ignore[attr-defined]
+    with pytest.raises(
+        SpecError, match="dtype='float32' in the config and dtype='bfloat16' in its text_config contradict"
+    ):
+        spec_fields(nested)
+
+
+@pytest.mark.parametrize("name", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("model_type", [*CONFIGS, "llama4"])
+def test_a_quantised_model_is_a_warning(model_type: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    quantised = {name: {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    configs = [config_of(model_type, **quantised)] if model_type != "llama4" else []
+    if model_type == "llama4":
+        text = {key: value for key, value in config_of("llama4_text").items() if key != "model_type"}
+        configs = [
+            {"model_type": "llama4", **quantised, "text_config": text},
+            {"model_type": "llama4", "text_config": {**text, **quantised}},
+        ]
+    for config in configs:
+        caplog.clear()
+        spec_fields(config)
+        (message,) = [record.getMessage() for record in caplog.records if name in record.getMessage()]
+        assert "quant_method='fp8'" in message and "must be dequantised to float16" in message
+    caplog.clear()
+    spec_fields(config_of("mixtral", **{name: None}))
+    assert not caplog.records
+
+
+DENSE = [
+    *(
+        (family, {"first_k_dense_replace": first, "num_hidden_layers": 4}, "first_k_dense_replace")
+        for family in ("deepseek_v2", "deepseek_v3", "glm4_moe")
+        for first in (4, 5)
+    ),
+    ("deepseek_v3", {"first_k_dense_replace": 3, "num_hidden_layers": 4, "moe_layer_freq": 2}, "moe_layer_freq"),
+    ("deepseek_v3", {"num_hidden_layers": 2, "moe_layer_freq": [0, 0]}, "moe_layer_freq"),
+    *(
+        (family, fields, name)
+        for family in ("qwen2_moe", "qwen3_moe")
+        for fields, name in (
+            ({"decoder_sparse_step": 5, "num_hidden_layers": 4}, "decoder_sparse_step"),
+            ({"mlp_only_layers": [0, 1, 2, 3], "num_hidden_layers": 4}, "mlp_only_layers"),
+            ({"mlp_only_layers": [1, 3], "decoder_sparse_step": 2, "num_hidden_layers": 4}, "mlp_only_layers"),
+        )
+    ),
+    ("llama4_text", {"moe_layers": []}, "moe_layers"),
+    ("llama4_text", {"moe_layers": [4, 7], "num_hidden_layers": 4}, "moe_layers"),
+    ("llama4_text", {"interleave_moe_layer_step": 0}, "interleave_moe_layer_step"),
+    ("llama4_text", {"interleave_moe_layer_step": 5, "num_hidden_layers": 4}, "interleave_moe_layer_step"),
+    *((family, {"enable_moe_block": False}, "enable_moe_block") for family in CONFIGS),
+    *((family, {"mlp_layer_types": ["dense", "dense"]}, "mlp_layer_types") for family in CONFIGS),
+    *((family, {"per_layer_config": {"0": {"hidden_size": 8}}}, "per_layer_config") for family in CONFIGS),
+    *((family, {"block_configs": [{}]}, "block_configs") for family in CONFIGS),
+]
+
+
+@pytest.mark.parametrize(("model_type", "changes", "field"), DENSE)
+def test_models_without_the_layer_asked_for(model_type: str, changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"^{field}=.* is not supported. (No layer|Layers that differ)"):
+        spec_of(model_type, **changes)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("deepseek_v2", {"first_k_dense_replace": 1, "num_hidden_layers": 27, "moe_layer_freq": 1}),
+        ("deepseek_v3", {"first_k_dense_replace": 3, "num_hidden_layers": 61}),
+        ("deepseek_v3", {"first_k_dense_replace": 0, "num_hidden_layers": 2, "moe_layer_freq": [0, 1]}),
+        ("glm4_moe", {"first_k_dense_replace": None, "num_hidden_layers": 1}),
+        ("qwen2_moe", {"decoder_sparse_step": 4, "num_hidden_layers": 4, "mlp_only_layers": [0]}),
+        ("qwen3_moe", {"decoder_sparse_step": 1, "num_hidden_layers": 48, "mlp_only_layers": []}),
+        ("qwen3_moe", {"mlp_only_layers": None}),
+        ("llama4_text", {"interleave_moe_layer_step": 2, "num_hidden_layers": 48, "moe_layers": None}),
+        ("llama4_text", {"interleave_moe_layer_step": 0, "num_hidden_layers": 48, "moe_layers": [1, 3]}),
+        ("mixtral", {"per_layer_config": None, "enable_moe_block": True, "mlp_layer_types": ["dense", "sparse"]}),
+    ],
+)
+def test_models_with_some_layers_of_experts(model_type: str, changes: dict[str, Any]) -> None:
+    assert spec_of(model_type, **changes) == spec_of(model_type)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("mixtral", {"norm_topk_prob": False}),
+        ("granitemoe", {"norm_topk_prob": False}),
+        ("gpt_oss", {"norm_topk_prob": False}),
+        ("llama4_text", {"norm_topk_prob": True}),
+        ("qwen3_moe", {"scoring_func": "sigmoid"}),
+        ("llama4_text", {"scoring_func": "softmax"}),
+        ("qwen3_moe", {"swiglu_limit": 7.0}),
+        ("deepseek_v3", {"swiglu_limit": 10}),
+        ("mixtral", {"n_group": 4}),
+        ("olmoe", {"routed_scaling_factor": 2.5}),
+    ],
+)
+def test_functions_of_other_families(model_type: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match="is not supported"):
+        spec_of(model_type, **changes)
+
+
+NUMBERS: list[tuple[str, str]] = [
+    *((family, name) for family in CONFIGS for name, value in CONFIGS[family].items() if type(value) is int),
+    *(("gpt_oss", name) for name in ("swiglu_alpha", "swiglu_limit")),
+    *(("deepseek_v2", name) for name in ("routed_scaling_factor", "first_k_dense_replace", "num_hidden_layers")),
+    *(("qwen3_moe", name) for name in ("decoder_sparse_step", "num_hidden_layers", "num_local_experts")),
+    ("llama4_text", "interleave_moe_layer_step"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "name"), NUMBERS)
+def test_bad_numbers_name_their_field(model_type: str, name: str) -> None:
+    if name == "intermediate_size" and "moe_intermediate_size" in CONFIGS[model_type]:
+        return  # of the dense MLP
+    negative = [] if name in ("routed_scaling_factor", "swiglu_alpha") else [-1]
+    for value in (float("nan"), float("inf"), float("-inf"), *negative, True, "8", [8], {}, 10**400, -(10**400), 1j):
+        with pytest.raises(SpecError, match=rf"^{name}=.* in the config is not valid\. Must "):
+            spec_of(model_type, **{name: value})
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.0, 1e-320])
+def test_swiglu_alpha_divides(value: float) -> None:
+    with pytest.raises(SpecError, match=r"^swiglu_alpha=.* in the config is not valid\. Must not be 0"):
+        spec_of("gpt_oss", swiglu_alpha=value)
+
+
+@pytest.mark.parametrize("value", [[-1], [True], ["0"], 3, "all", {"0": 1}])
+@pytest.mark.parametrize(("model_type", "name"), [("qwen2_moe", "mlp_only_layers"), ("llama4_text", "moe_layers")])
+def test_bad_lists_of_layers(model_type: str, name: str, value: Any) -> None:
+    with pytest.raises(SpecError, match=rf"^{name}=.* in the config is not valid\. Must be a list of integers"):
+        spec_of(model_type, **{name: value})
+
+
+def test_numbers_of_numpy() -> None:
+    config = {name: np.int64(value) if type(value) is int else value for name, value in config_of("gpt_oss").items()}
+    assert MoESpec.from_hf_config({**config, "swiglu_limit": np.float64(5)}, max_tokens=16) == spec_of(
+        "gpt_oss", swiglu_limit=5
+    )

@@ -18,7 +18,7 @@ ROOT = Path(flashmoe_gen.__file__).parent
 # A module imports, when it is imported itself, only from its own room and those before it.
 ROOMS = [
     "errors values dtypes arch env files packages trust locks",
-    "spec hf_config presets reference instrument",
+    "spec hf_file hf_layers hf_config presets reference instrument",
     "plan args layout",
     "render",
     "compile cubin nvrtc link",
