@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .args import STATE, TRACE_EVENT
-from .errors import SpecError
+from .errors import TraceRoomError
 from .launch.target import Memory
 from .layout import WorkspaceLayout
 
@@ -54,14 +54,14 @@ def take_trace(workspace: Memory, layout: WorkspaceLayout, room: int, tracks: in
     """The events since the last time; see :meth:`flashmoe_gen.MoELayer.take_trace`.
 
     Raises:
-        SpecError: there was no room for all events.
+        TraceRoomError: there was no room for all events.
     """
     kept, counted = (layout.regions[name] for name in ("trace", "trace_counts"))
     counts = workspace.read(counted.offset, counted.bytes).view(np.uint32)
     events = workspace.read(kept.offset, kept.bytes).view(TRACE_EVENT.dtype).reshape(len(counts), room)
     workspace.fill(counted.offset, counted.bytes, 0)
     if counts.max() > room:
-        raise SpecError(f"trace_events={room} is not valid. These calls need {counts.max()}.")
+        raise TraceRoomError(room, int(counts.max()))
     held = np.arange(room) < counts[:, None]
     trace = np.empty(int(counts.sum()), _TRACE)
     trace["party"], trace["track"] = np.divmod(np.nonzero(held)[0], tracks)

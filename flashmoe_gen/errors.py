@@ -13,6 +13,18 @@ class SpecError(FlashMoEError, ValueError):
     """A value is not valid whatever the machine: wrong shape, dtype, stride, range or combination."""
 
 
+class TraceRoomError(SpecError):
+    """A trace had no room for all events.
+
+    Attributes:
+        needed: the room for which the calls would have fitted.
+    """
+
+    def __init__(self, room: int, needed: int) -> None:
+        super().__init__(f"trace_events={room} is not valid. These calls need {needed}.")
+        self.needed = needed
+
+
 class UnsupportedError(FlashMoEError):
     """The request is meaningful, but this version, target or model description does not provide it."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ import typer
 
 from .. import __version__, files
 from .. import trace as trace_room
-from ..errors import SpecError
+from ..errors import SpecError, TraceRoomError
 from ..instrument import Instrument
 from ..launch.cuda import CudaTarget, device_count, device_name, driver_version
 from ..launch.host import HostTarget
@@ -132,7 +131,7 @@ class _Tracing:
                         _take(world)
                         world.run(self.problem.tokens)
                     return _take(world)
-                except _FullError as full:
+                except TraceRoomError as full:
                     if events is not None or room == MOST_EVENTS:
                         raise SpecError(f"--events {room} is not enough. These calls need {full.needed} a {self.where}.") from None
                     room = min(2 * full.needed, MOST_EVENTS)  # who does what differs from call to call
@@ -141,26 +140,17 @@ class _Tracing:
         return dataclasses.replace(self.instrument, trace_events=room)
 
 
-class _FullError(Exception):
-    """There was no room for all events."""
-
-    def __init__(self, needed: int) -> None:
-        super().__init__(needed)
-        self.needed = needed
-
-
 def _take(world: World) -> list[Array]:
-    """Take the events of every rank."""
-    taken, needed = [], 0
+    """Take the events of every rank; the error names what the rank with most of them needs."""
+    taken: list[Array] = []
+    worst: TraceRoomError | None = None
     for layer in world.layers:
         try:
             taken.append(layer.take_trace())
-        except SpecError as error:
-            if not (said := re.search(r"These calls need (\d+)", str(error))):
-                raise
-            needed = max(needed, int(said[1]))
-    if needed:
-        raise _FullError(needed)
+        except TraceRoomError as full:
+            worst = max(worst or full, full, key=lambda error: error.needed)
+    if worst is not None:
+        raise worst
     return taken
 
 
