@@ -33,6 +33,18 @@ struct Patch {
   DEVICE uint4 part(int i) const {
     return *reinterpret_cast<const uint4*>(bytes + row(i) * kStride + column() * int(sizeof(Element)));
   }
+
+  // The padding of a row has room for the biases of 8 columns: rows 0 to 7 for those of one matrix, the others for a second's.
+  DEVICE Element* biases(int matrix, int column) const {
+    return reinterpret_cast<Element*>(bytes + (matrix * 8 + column / 8) * kStride) + kColumns + column % 8;
+  }
+  // Of two neighbours; `pair` stays what it is where there are none.
+  DEVICE void read_biases(int matrix, int column, Acc (&pair)[2]) const {
+    if constexpr (!kBias) return;
+    const Element* const from = biases(matrix, column % kColumns);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) pair[i] = to_acc(from[i]);
+  }
 };
 static_assert(kStages * kStageBytes + kConsumerWarps * Patch::kBytes <= kWorkBytes);
 constexpr int kMostParts = kSplitRows > 0 ? kCluster : 1;
@@ -41,9 +53,25 @@ static_assert(kBlockN / kMostParts % Patch::kColumns == 0 && kIntermediateColumn
 DEVICE int first_row() { return (int(threadIdx.x) / 32 - 4) * 16; }  // of this warp in the M-block
 DEVICE Patch my_patch(char* work) { return {work + kStages * kStageBytes + (threadIdx.x / 32 - 4) * Patch::kBytes}; }
 
+// The biases of an expert's matrix.
+struct Biases {
+  const Element* from;
+  long long stride;
+
+  DEVICE Biases(const Element* all, long long expert_stride, long long of_column, const TaskSlot& slot)
+      : from(all + slot.task.block.expert_slot * expert_stride), stride(of_column) {}
+  // Those of two columns, of which a matrix has both or none, into shared memory: all lanes need them, in every row.
+  DEVICE void fetch_pair(Element* to, int column, int width) const {
+    const Element none = from_acc(Acc(0));
+    to[0] = column < width ? from[column * stride] : none;
+    to[1] = column < width ? from[(column + 1) * stride] : none;
+  }
+};
+
 // pair(column, index, half) makes two neighbours of row lane / 4 + 8 half from the sums at `index` on; `column` is in the tile.
-template <int kColumns, int kWidth, class MakePair>
-DEVICE void store_tile(const Patch& patch, const TaskSlot& slot, int first, MakePair make_pair) {
+template <int kColumns, int kWidth, int kMatrices, class MakePair>
+DEVICE void store_tile(
+    const Patch& patch, const TaskSlot& slot, int first, const Biases (&biases)[kMatrices], MakePair make_pair) {
   const int rows = int(slot.task.block.rows) - first_row();
   const int lane = int(threadIdx.x % 32);
   Element* to[Patch::kParts];  // read before the first store: the compiler cannot know that none changes them
@@ -51,6 +79,12 @@ DEVICE void store_tile(const Patch& patch, const TaskSlot& slot, int first, Make
   for (int i = 0; i < Patch::kParts; ++i) to[i] = slot.to[first_row() + Patch::row(i)] + first + Patch::column();
 #pragma unroll
   for (int piece = 0; piece < kColumns; piece += Patch::kColumns) {
+    if constexpr (kBias) {
+#pragma unroll
+      for (int i = 0; i < kMatrices; ++i)
+        biases[i].fetch_pair(patch.biases(i, lane * 2), first + piece + lane * 2, kWidth);
+      __syncwarp();
+    }
 #pragma unroll
     for (int column = 0; column < Patch::kColumns; column += 8) {
 #pragma unroll
@@ -70,32 +104,32 @@ DEVICE void store_tile(const Patch& patch, const TaskSlot& slot, int first, Make
   }
 }
 
-DEVICE Acc bias_at(const Element* bias, long long expert_stride, long long stride, u32 expert, int column, int width) {
-  if constexpr (!kBias) return Acc(0);
-  return column < width ? to_acc(bias[expert * expert_stride + column * stride]) : Acc(0);
-}
-
 // ---- GEMM1: a tile of the intermediate ----
 template <bool kSplit>
 DEVICE void gemm1_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums<kSplit>& sums, const Patch& patch) {
   constexpr int kColumns = kIntermediateColumns / Shape<kSplit>::kParts;
-  const u32 expert = slot.task.block.expert_slot;
   const int first = slot.task.first_column(kIntermediateColumns);
   const int lane = int(threadIdx.x % 32);
   const float weight[2] = {slot.weight[first_row() + lane / 4], slot.weight[first_row() + lane / 4 + 8]};
-  const auto element = [&](int column, int index, int half) {
-    const int c = first + column;
-    Acc gate_bias = Acc(0);
-    if constexpr (kGated)
-      gate_bias = bias_at(args.gate_bias, args.gate_bias_expert_stride, args.gate_bias_stride, expert, c, kIntermediate);
-    const Acc up_bias = bias_at(args.up_bias, args.up_bias_expert_stride, args.up_bias_stride, expert, c, kIntermediate);
-    const float up = sums.value[index + (kGated ? Sums<kSplit>::kColumns / 4 : 0)];
-    return intermediate_element(sums.value[index], up, gate_bias, up_bias, kWeightOnInput ? weight[half] : Acc(1));
+  const auto make_pair = [&](int column, int index, int half) {
+    Acc gate_bias[2] = {}, up_bias[2] = {}, value[2];
+    patch.read_biases(0, column, up_bias);
+    if constexpr (kGated) patch.read_biases(1, column, gate_bias);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float up = sums.value[index + i + (kGated ? Sums<kSplit>::kColumns / 4 : 0)];
+      value[i] = intermediate_element(
+          sums.value[index + i], up, gate_bias[i], up_bias[i], kWeightOnInput ? weight[half] : Acc(1));
+    }
+    return pair_of(value[0], value[1]);
   };
-  store_tile<kColumns, kIntermediate>(
-      patch, slot, first, [&](int column, int index, int half) {
-        return pair_of(element(column, index, half), element(column + 1, index + 1, half));
-      });
+  const Biases biases[] = {
+      Biases(args.up_bias, args.up_bias_expert_stride, args.up_bias_stride, slot),
+//% if spec.mlp == "gated"
+      Biases(args.gate_bias, args.gate_bias_expert_stride, args.gate_bias_stride, slot),
+//% endif
+  };
+  store_tile<kColumns, kIntermediate>(patch, slot, first, biases, make_pair);
 }
 
 template <bool kSplit>
@@ -115,19 +149,17 @@ DEVICE void consume_gemm1(const Call& call, const TaskSlot& slot, char* work, co
 // ---- GEMM2: a tile of the expert's result ----
 template <bool kSplit>
 DEVICE void gemm2_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums<kSplit>& sums, const Patch& patch) {
-  const u32 expert = slot.task.block.expert_slot;
   const int first = slot.task.first_column(kBlockN);
   const int lane = int(threadIdx.x % 32);
   const float weight[2] = {slot.weight[first_row() + lane / 4], slot.weight[first_row() + lane / 4 + 8]};
-  const auto element = [&](int column, int index, int half) {
-    const Acc bias =
-        bias_at(args.down_bias, args.down_bias_expert_stride, args.down_bias_stride, expert, first + column, kHidden);
-    return row_element(sums.value[index], bias, kWeightOnRow ? weight[half] : Acc(1));
+  const auto make_pair = [&](int column, int index, int half) {
+    Acc bias[2] = {};
+    patch.read_biases(0, column, bias);
+    const Acc factor = kWeightOnRow ? weight[half] : Acc(1);
+    return pair_of(row_element(sums.value[index], bias[0], factor), row_element(sums.value[index + 1], bias[1], factor));
   };
-  store_tile<Sums<kSplit>::kColumns, kHidden>(
-      patch, slot, first, [&](int column, int index, int half) {
-        return pair_of(element(column, index, half), element(column + 1, index + 1, half));
-      });
+  const Biases biases[] = {Biases(args.down_bias, args.down_bias_expert_stride, args.down_bias_stride, slot)};
+  store_tile<Sums<kSplit>::kColumns, kHidden>(patch, slot, first, biases, make_pair);
 }
 
 template <bool kSplit>
