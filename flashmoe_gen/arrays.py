@@ -125,29 +125,39 @@ def _refuse_gradient(array: Any, name: str) -> None:
         )
 
 
+@functools.lru_cache
+def _text_of(value: Any) -> str:
+    """The text of a torch dtype or device, which torch makes anew each time."""
+    return str(value).removeprefix("torch.")
+
+
 def _torch_view(tensor: Any, name: str) -> View:
-    _refuse_gradient(tensor, name)
-    kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+    if tensor.requires_grad:
+        _refuse_gradient(tensor, name)
     try:
         if tensor.layout is not sys.modules["torch"].strided or tensor.is_nested:
-            raise SpecError(f"{name} is a {kind} of layout {tensor.layout}, without one block of memory. Pass a dense tensor.")
+            kind = f"{_kind(tensor)} of layout {tensor.layout}"
+            raise SpecError(f"{name} is a {kind}, without one block of memory. Pass a dense tensor.")
         if tensor.is_neg() or tensor.is_conj():
             raise SpecError(f"{name} is a view whose negation or conjugation is pending. Pass {name}.resolve_neg().resolve_conj().")
         if getattr(tensor, "fake_mode", None) is not None:  # asking it for its memory warns, and may end the process one day
-            raise SpecError(f"{name} is a {kind}, which has no memory. Pass a tensor with data.")
-        dtype, pointer, shape = str(tensor.dtype).removeprefix("torch."), tensor.data_ptr(), tuple(tensor.shape)
+            raise SpecError(f"{name} is a {_kind(tensor)}, which has no memory. Pass a tensor with data.")
+        pointer, shape, device = tensor.data_ptr(), tuple(tensor.shape), _text_of(tensor.device)
         if pointer == 0 and 0 not in shape:
-            raise SpecError(f"{name} is a {kind} on {str(tensor.device)!r} that has no memory. Pass a tensor with data.")
-        return View(pointer, shape, tensor.stride(), dtype, "", str(tensor.device), tensor)
+            raise SpecError(f"{name} is a {_kind(tensor)} on {device!r} that has no memory. Pass a tensor with data.")
+        return View(pointer, shape, tensor.stride(), _text_of(tensor.dtype), "", device, tensor)
     except RuntimeError as error:  # such as under vmap
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SpecError(f"{name} is a {kind} whose memory cannot be read: {reason}") from error
+        raise SpecError(f"{name} is a {_kind(tensor)} whose memory cannot be read: {reason}") from error
+
+
+def _kind(array: Any) -> str:
+    return f"{type(array).__module__}.{type(array).__qualname__}"
 
 
 def _cupy_view(array: Any, name: str) -> View:
     if not hasattr(array, "data") or not hasattr(array, "strides"):
-        kind = f"{type(array).__module__}.{type(array).__name__}"
-        raise SpecError(f"{name} is a {kind}, without one block of memory. Pass a cupy.ndarray.")
+        raise SpecError(f"{name} is a {_kind(array)}, without one block of memory. Pass a cupy.ndarray.")
     size = array.dtype.itemsize
     strides = tuple([stride // size for stride in array.strides])
     return View(int(array.data.ptr), array.shape, strides, _name_of(array.dtype), "", f"cuda:{array.data.device_id}", array)
@@ -194,7 +204,7 @@ def _dlpack_view(array: Any, name: str, device: str | None, stream: int) -> View
     dtype = f"{_DL_CODES.get(tensor.code, 'type' + str(tensor.code))}{tensor.bits}"
     pointer = (tensor.data or 0) + tensor.byte_offset
     if pointer == 0 and 0 not in shape:
-        raise SpecError(f"{name} is a {type(array).__module__}.{type(array).__name__} that has no memory.")
+        raise SpecError(f"{name} is a {_kind(array)} that has no memory.")
     # The capsule is never renamed, so its own deleter frees the exporter's reference when the view goes.
     return View(pointer, shape, strides, dtype, read_only, found, array, capsule)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,12 @@ from .launch.target import Kernel, Target
 from .spec import MoESpec
 
 Args = np.ndarray[Any, Any]
+
+# What differs from call to call, patched into the bytes of a MoEArgs: NumPy takes long for each field of a struct.
+_ARRAYS = ("x", "topk_ids", "topk_weights", "y", "num_tokens")
+_POINTERS, _TIMEOUT, _TOKENS = struct.Struct("5Q"), struct.Struct("q"), struct.Struct("i")
+_AT = {name: int(place[1]) for name, place in (MOE_ARGS.dtype.fields or {}).items()}
+assert tuple(MOE_ARGS.dtype.names or ())[:5] == _ARRAYS and _AT["num_tokens"] == 32
 
 
 @dataclass(frozen=True)
@@ -104,19 +111,17 @@ class Packer:
         result = arrays.empty_like(x, tokens.shape, spec.dtype) if out is None else out
         y = arrays.writable(result, "out", tokens.shape, spec.dtype, **where, alignment=16)
         bound = experts.bind(spec, self._local_experts, **where)
-        args, prepared = self._args_for(bound)
-        for name, view in (("x", tokens), ("topk_ids", ids), ("topk_weights", weights), ("y", y)):
-            args[name] = view.pointer
-        if wide:
-            args["topk_ids"] = self.narrow_ids
-        args["tokens"] = limit
-        args["num_tokens"] = counter.pointer if counter is not None else 0
-        args["timeout_ns"] = int(env.timeout_s() * 1e9)
-        views = (tokens, ids, weights, y, *((counter,) if counter is not None else ()), *bound.views)
-        return PackedCall(args, prepared, result, views, ids if wide else None)
+        image, prepared = self._image_for(bound)
+        args = bytearray(image)
+        ids_at = self.narrow_ids if wide else ids.pointer
+        _POINTERS.pack_into(args, 0, tokens.pointer, ids_at, weights.pointer, y.pointer, counter.pointer if counter else 0)
+        _TIMEOUT.pack_into(args, _AT["timeout_ns"], int(env.timeout_s() * 1e9))
+        _TOKENS.pack_into(args, _AT["tokens"], limit)
+        views = (tokens, ids, weights, y, *((counter,) if counter else ()), *bound.views)
+        return PackedCall(np.frombuffer(args, MOE_ARGS.dtype), prepared, result, views, ids if wide else None)
 
-    def _args_for(self, bound: BoundExperts) -> tuple[Args, tuple[Any, ...]]:
-        """A copy of the arguments that stay the same while the weights and the heap do, and what goes with them."""
+    def _image_for(self, bound: BoundExperts) -> tuple[bytes, tuple[Any, ...]]:
+        """The arguments that stay the same while the weights and the heap do, and what goes with them."""
         if self._bound is not bound or self._generation != self._comm.generation:
             args = self.constant.copy()
             for name, value in (bound.fields | self._comm.heap.arguments()).items():
@@ -124,8 +129,7 @@ class Packer:
             args["peers"][0, : self.spec.world_size] = self._comm.heap_pointers()
             self._prepared = args.tobytes(), self._target.prepare(self._kernel, args)
             self._bound, self._generation = bound, self._comm.generation
-        image, prepared = self._prepared
-        return np.frombuffer(bytearray(image), MOE_ARGS.dtype), prepared  # copying a structured array takes NumPy far longer
+        return self._prepared
 
 
 def _check_ids(ids: np.ndarray[Any, Any], experts: int) -> None:

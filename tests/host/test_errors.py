@@ -13,7 +13,7 @@ import pytest
 from world import BOUNDS, Problem, World, on_ranks, relative_error, routes
 
 import flashmoe_gen as fmg
-from flashmoe_gen import arrays
+from flashmoe_gen import arrays, env
 from flashmoe_gen.launch.host import lose_word
 
 SPEC = fmg.MoESpec(16, 24, 5, 2, dtype="float32", max_tokens=40)
@@ -196,8 +196,11 @@ def test_a_lost_signal_meets_the_deadline(monkeypatch: pytest.MonkeyPatch, lost:
     world, inputs = failing_world(monkeypatch, lost)
     outs = [np.zeros_like(x) for x, _, _ in inputs]
     errors: list[Any] = [None, None]
+    patience = threading.local()  # rank 1 waits for rank 0 in turn: it must not give up first
+    monkeypatch.setattr(env, "timeout_s", lambda: getattr(patience, "seconds", 0.5))
 
     def call(rank: int) -> None:
+        patience.seconds = (0.5, 30)[rank]
         experts = PROBLEM.experts(world.placement.local_experts(rank))
         try:  # rank 1 may have ended its call before rank 0 gives up
             world.layers[rank](*inputs[rank], experts, out=outs[rank])
@@ -218,7 +221,7 @@ def test_a_lost_signal_meets_the_deadline(monkeypatch: pytest.MonkeyPatch, lost:
             use()
     with pytest.raises(fmg.CommError):  # rank 1 knows too, whether or not it also gave up
         second.check()
-    monkeypatch.setenv("FLASHMOE_TIMEOUT_S", "20")
+    monkeypatch.setattr(env, "timeout_s", lambda: 20.0)
     on_ranks(2, lambda rank: world.comms[rank].reset())
     for _ in range(3):
         for y, (x, ids, weights) in zip(world.run(PROBLEM, inputs), inputs):
