@@ -79,7 +79,9 @@ DEVICE void process(BlockGroup& block, const Call& call, char* work, BlockState&
   if (threadIdx.x < kMmaThreads) run_tasks(call, state.slot, work);
   else fetch_tasks(call, state.slot);
   // What only the combine needs is read again rather than held in registers during the tasks.
-  if (!aborted(call)) combine(warp, begin_call(call.args, blockIdx.x, gridDim.x, Role::processor), processors * (kThreads / 32));
+  if (aborted(call)) return;
+  const u32 blocks = grid_size();
+  combine(warp, begin_call(call.args, blockIdx.x, blocks, Role::processor), (int(blocks) - 1) * (kThreads / 32));
 }
 
 DEVICE void run_system(const Call& call, char* work) {
@@ -102,5 +104,6 @@ ${name}(const __grid_constant__ MoEArgs args) {
   if (system) run_system(call, work);
   else process(block, call, work, state);
   // Read again rather than held in registers all along: the epoch stands until every block has left.
-  leave(block, begin_call(args, blockIdx.x, gridDim.x, role), blockIdx.x, gridDim.x);
+  const u32 blocks = grid_size();
+  leave(block, begin_call(args, blockIdx.x, blocks, role), blockIdx.x, blocks);
 }

@@ -10,6 +10,20 @@ struct TaskSlot {
   const Element* row[kBlockM];  // GEMM1: the input row; GEMM2: where the result goes
 };
 
+// Special registers, read again where they are used: what follows from them would take registers during the products, and where
+// elements are wide there are none left.
+//% for name, register, builtin in [("thread_index", "tid", "threadIdx"), ("grid_size", "nctaid", "gridDim")]
+DEVICE u32 ${name}() {
+//% if spec.element.size == 2
+  return ${builtin}.x;
+//% else
+  u32 value;
+  asm volatile("mov.u32 %0, %%${register}.x;" : "=r"(value));
+  return value;
+//% endif
+}
+//% endfor
+
 // ---- Epilogue: staged in shared memory, stored in 16-byte vectors ----
 template <int kColumns>
 struct Staging {
@@ -25,7 +39,7 @@ struct Staging {
   template <int kWidth, class To>
   DEVICE void store(int rows, int first, To to) const {
     constexpr int kVectors = kColumns / kVector;
-    for (int i = threadIdx.x; i < rows * kVectors; i += kMmaThreads) {
+    for (int i = int(thread_index()); i < rows * kVectors; i += kMmaThreads) {
       const int row = i / kVectors, column = i % kVectors * kVector;
       if (first + column >= kWidth) continue;
       const uint4 part = *reinterpret_cast<const uint4*>(bytes + row * kStride + column * int(sizeof(Element)));

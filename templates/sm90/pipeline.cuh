@@ -118,11 +118,12 @@ struct RowGather {
     constexpr bool kWhole = kDepth % kStageK == 0;
     const int left = kDepth * int(sizeof(Element)) - step * kRowBytes;
     const bool low_inside = kWhole || int(byte) < left, high_inside = kWhole || int(byte) + 64 < left;
+    const int high_offset = high_inside ? 64 : 0;  // chosen once: a choice between pointers would take registers for each row
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (i * 8 < count) {
         cp_async_16(low + i * kNextRows, from[i], low_inside ? 16 : 0);
-        cp_async_16(high + i * kNextRows, high_inside ? from[i] + 64 : from[i], high_inside ? 16 : 0);
+        cp_async_16(high + i * kNextRows, from[i] + high_offset, high_inside ? 16 : 0);
       }
       from[i] += kRowBytes;
     }
