@@ -186,9 +186,7 @@ DEVICE Acc normal_cdf(Acc z) {  // within ${error}
   tail = fma_of(tail, s, ${factor}f);
 //% endfor
   tail *= s * exp_of(-0.5f * square);
-//% if spec.element.size == 4
-  tail -= tail * 0.5f * fma_of(a, a, -square);  // what rounding took from the square
-//% endif
+  if constexpr (${(spec.element.size == 4) | cpp}) tail -= tail * 0.5f * fma_of(a, a, -square);  // what rounding took from it
   return z < 0.0f ? tail : 1.0f - tail;
 }
 //% endif

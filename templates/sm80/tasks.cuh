@@ -14,13 +14,10 @@ struct TaskSlot {
 // elements are wide there are none left.
 //% for name, register, builtin in [("thread_index", "tid", "threadIdx"), ("grid_size", "nctaid", "gridDim")]
 DEVICE u32 ${name}() {
-//% if spec.element.size == 2
-  return ${builtin}.x;
-//% else
+  if constexpr (sizeof(Element) == 2) return ${builtin}.x;
   u32 value;
   asm volatile("mov.u32 %0, %%${register}.x;" : "=r"(value));
   return value;
-//% endif
 }
 //% endfor
 

@@ -71,7 +71,7 @@ struct Biases {
 // pair(column, index, half) makes two neighbours of row lane / 4 + 8 half from the sums at `index` on; `column` is in the tile.
 template <int kColumns, int kWidth, int kMatrices, class MakePair>
 DEVICE void store_tile(
-    const Patch& patch, const TaskSlot& slot, int first, const Biases (&biases)[kMatrices], MakePair make_pair) {
+    const Patch& patch, const TaskSlot& slot, int first, const Biases* biases, MakePair make_pair) {
   const int rows = int(slot.task.block.rows) - first_row();
   const int lane = int(threadIdx.x % 32);
   Element* to[Patch::kParts];  // read before the first store: the compiler cannot know that none changes them
@@ -123,13 +123,9 @@ DEVICE void gemm1_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums
     }
     return pair_of(value[0], value[1]);
   };
-  const Biases biases[] = {
-      Biases(args.up_bias, args.up_bias_expert_stride, args.up_bias_stride, slot),
-//% if spec.mlp == "gated"
-      Biases(args.gate_bias, args.gate_bias_expert_stride, args.gate_bias_stride, slot),
-//% endif
-  };
-  store_tile<kColumns, kIntermediate>(patch, slot, first, biases, make_pair);
+  const Biases biases[] = {Biases(args.up_bias, args.up_bias_expert_stride, args.up_bias_stride, slot),
+                           Biases(args.gate_bias, args.gate_bias_expert_stride, args.gate_bias_stride, slot)};
+  store_tile<kColumns, kIntermediate, kGated ? 2 : 1>(patch, slot, first, biases, make_pair);
 }
 
 template <bool kSplit>
@@ -159,7 +155,7 @@ DEVICE void gemm2_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums
     return pair_of(row_element(sums.value[index], bias[0], factor), row_element(sums.value[index + 1], bias[1], factor));
   };
   const Biases biases[] = {Biases(args.down_bias, args.down_bias_expert_stride, args.down_bias_stride, slot)};
-  store_tile<Sums<kSplit>::kColumns, kHidden>(patch, slot, first, biases, make_pair);
+  store_tile<Sums<kSplit>::kColumns, kHidden, 1>(patch, slot, first, biases, make_pair);
 }
 
 template <bool kSplit>
