@@ -18,8 +18,12 @@ pytestmark = pytest.mark.gpu
 SETS = "--set hidden_size=256 --set intermediate_size=128 --set top_k=2"
 
 
-@pytest.mark.parametrize("ids_dtype", ["int32", "int64"])
-def test_nothing_is_compiled_after_it(ids_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def as_torch(array: Any) -> Any:
+    return pytest.importorskip("torch", reason="torch is not installed").from_dlpack(array)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["int32 ids", "int64 ids of torch"])
+def test_nothing_is_compiled_after_it(wide: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import cupy
 
     monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(tmp_path))
@@ -37,7 +41,7 @@ def test_nothing_is_compiled_after_it(ids_dtype: str, tmp_path: Path, monkeypatc
     x = random(40, 256)
     with fmg.MoELayer(spec, target="cuda") as layer:
         ids, route_weights = layer.route(x, random(8, 256))
-        y = layer(x, ids.astype(ids_dtype), route_weights, fmg.Experts(**weights))
+        y = layer(x, as_torch(ids).long() if wide else ids, route_weights, fmg.Experts(**weights))
         layer.check()
     arrays = {name: cupy.asnumpy(array) for name, array in weights.items()}
     want = fmg.reference.moe(spec, *map(cupy.asnumpy, (x, ids, route_weights)), **arrays)

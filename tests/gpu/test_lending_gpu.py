@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -44,13 +46,16 @@ def one(request: pytest.FixtureRequest) -> Iterator[One]:
     made.layer.close()
 
 
-def busy(stream: Any) -> None:
-    """Keep a stream from starting what comes next, for milliseconds."""
-    import cupy
-
-    long = cupy.empty(1 << 28, cupy.uint8)
-    for _ in range(60):
-        cupy.cuda.runtime.memsetAsync(long.data.ptr, 0, long.nbytes, stream.ptr)
+@contextmanager
+def held_back(stream: Any) -> Iterator[None]:
+    """Nothing that the stream is given inside starts before the end."""
+    gate = threading.Event()
+    stream.launch_host_func(lambda gate: gate.wait(60), gate)
+    try:
+        yield
+        assert not stream.done
+    finally:
+        gate.set()
 
 
 class Lender:
@@ -80,11 +85,11 @@ def test_lent_memory_is_held_until_the_kernel_has_run(one: One, versioned: bool)
     count = Lender(cupy.full(1, 100, cupy.int32), versioned=versioned)
     outs = [cupy.full_like(one.arrays[0], np.nan) for _ in range(4)]
     cupy.cuda.runtime.deviceSynchronize()
-    busy(stream)
-    for out in outs:
-        one.layer(*lent, fmg.Experts(**weights), out=out, num_tokens=count, stream=stream)
-    assert not stream.done
-    junk = [cupy.full(w.array.shape, 1e30, w.array.dtype) for w in (*lent, *weights.values(), count) for _ in range(8)]
+    with held_back(stream):
+        for out in outs:
+            one.layer(*lent, fmg.Experts(**weights), out=out, num_tokens=count, stream=stream)
+        junk = [cupy.full(w.array.shape, 77, w.array.dtype) for w in (*lent, *weights.values(), count) for _ in range(8)]
+        cupy.cuda.get_current_stream().synchronize()
     stream.synchronize()
     for out in outs:
         one.assert_right(out)

@@ -51,7 +51,7 @@ def route(spec: fmg.MoESpec, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
     biases = {"logit_bias": problem.logit_bias, "selection_bias": problem.selection_bias}
     given = {name: None if bias is None else cupy.asarray(bias) for name, bias in biases.items()}
-    router = Router(spec, CudaTarget())
+    router = Router(spec, CudaTarget(), fmg.comm.init("single"))
     ids, weights = router(cupy.asarray(problem.x), cupy.asarray(problem.w), **given)
     return cupy.asnumpy(ids), cupy.asnumpy(weights)
 
@@ -130,7 +130,7 @@ def test_bits_of_a_token_do_not_depend_on_the_batch(dtype: str, fields: dict[str
     x = rng.standard_normal((most, 2048)).astype(spec.element.numpy)
     w = cupy.asarray((rng.standard_normal((spec.num_experts, 2048)) / 45).astype(spec.element.numpy))
     bias = cupy.asarray(rng.standard_normal(256).astype(np.float32) / 8) if fields else None
-    router = Router(spec, CudaTarget())
+    router = Router(spec, CudaTarget(), fmg.comm.init("single"))
 
     def bits(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ids, weights = map(cupy.asnumpy, router(cupy.asarray(x[rows]), w, selection_bias=bias))
