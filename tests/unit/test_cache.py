@@ -125,7 +125,7 @@ def test_entries_and_clear(fake: FakeCompiler, root: Path) -> None:
     entries = cache.entries()
     assert [(entry.arch, entry.name) for entry in entries] == [("host", "alpha"), ("host", "beta"), ("sm_90a", "alpha")]
     assert entries[0].metadata == {"command": COMMAND} and entries[0].digest == "d1"
-    assert entries[0].size_bytes == 350 and abs(entries[0].created - time.time()) < 60
+    assert entries[0].size_bytes == 350 and 0 < entries[0].created <= time.time()
     assert cache.clear() == 4
     assert cache.entries() == [] and mine.is_dir() and not list((root / "failed").iterdir()) and not unfinished(root)
     assert not build(cache).from_cache
@@ -366,7 +366,7 @@ def test_many_processes_compile_once(tmp_path: Path, root: Path) -> None:
     builders = [start_builder(tmp_path, CXX=compiler) for _ in range(5)]
     answers = []
     for builder in builders:
-        out, err = builder.communicate(timeout=60)
+        out, err = builder.communicate(timeout=120)
         assert builder.returncode == 0, err
         answers.append(out.strip())
     assert sorted(answers) == ["False"] + ["True"] * 4
@@ -378,7 +378,7 @@ def test_killed_builder_blocks_nobody(tmp_path: Path, root: Path, monkeypatch: P
     started, again = tmp_path / "started", tmp_path / "again"
     compiler = wrapper(tmp_path / "g++", f"if [ ! -e {again} ]; then echo $$ >> {started}; sleep 60; fi;")
     builder = start_builder(tmp_path, CXX=compiler)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert started.exists() and builder.poll() is None
@@ -387,8 +387,8 @@ def test_killed_builder_blocks_nobody(tmp_path: Path, root: Path, monkeypatch: P
     time.sleep(0.5)
     assert waiting.poll() is None  # the lock is held
     builder.kill()  # its compiler lives on
-    builder.communicate(timeout=10)
-    out, err = waiting.communicate(timeout=30)
+    builder.communicate(timeout=120)
+    out, err = waiting.communicate(timeout=120)
     os.killpg(int(started.read_text()), signal.SIGKILL)
     assert (waiting.returncode, out.strip()) == (0, "False"), err
     monkeypatch.setenv("CXX", compiler)
@@ -517,7 +517,7 @@ def test_many_processes_clear_at_once(fake: FakeCompiler, root: Path) -> None:
         assert clearer.stdin
         clearer.stdin.write("go\n")
         clearer.stdin.flush()
-    answers = [clearer.communicate(timeout=60)[0] for clearer in clearers]
+    answers = [clearer.communicate(timeout=120)[0] for clearer in clearers]
     assert [clearer.returncode for clearer in clearers] == [0, 0, 0]
     assert sum(map(int, answers)) == count  # each entry was removed by one of them
     assert Cache().entries() == [] and not unfinished(root)
