@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ class _VersionedTensor(ctypes.Structure):  # DLPack 1.0: DLManagedTensorVersione
     ]
 
 
+_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}
 _DL_VERSION = (1, 0)
 _DL_READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
@@ -78,6 +80,11 @@ class View(NamedTuple):
     device: str
     owner: object
     capsule: object = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes from the first element to the last of a contiguous array."""
+        return math.prod(self.shape) * _SIZES.get(self.dtype, 8)
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """The same memory as a NumPy array."""
@@ -145,8 +152,10 @@ def _torch_view(tensor: Any, name: str) -> View:
         pointer, shape, device = tensor.data_ptr(), tuple(tensor.shape), _text_of(tensor.device)
         if pointer == 0 and 0 not in shape:
             raise SpecError(f"{name} is a {_kind(tensor)} on {device!r} that has no memory. Pass a tensor with data.")
-        return View(pointer, shape, tensor.stride(), _text_of(tensor.dtype), "", device, tensor)
-    except RuntimeError as error:  # such as under vmap
+        # The storage too: `tensor.data = other` gives the tensor another one.
+        owner = tensor, tensor.untyped_storage()
+        return View(pointer, shape, tensor.stride(), _text_of(tensor.dtype), "", device, owner)
+    except (RuntimeError, ValueError) as error:  # such as under vmap, or of a parameter that has no shape yet
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SpecError(f"{name} is a {_kind(tensor)} whose memory cannot be read: {reason}") from error
 
@@ -220,10 +229,12 @@ def identity(array: Any) -> Any:
         return array.__array_interface__["data"][0], array.shape, array.strides, array.dtype
     library = _library(array)
     if library == "torch":
+        if getattr(array, "fake_mode", None) is not None:
+            return object()
         try:
             gradient = array.requires_grad and sys.modules["torch"].is_grad_enabled()
             return array.data_ptr(), array.shape, array.stride(), array.dtype, gradient, array.is_neg()
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             return object()
     if library == "cupy":
         return array.data.ptr, array.shape, array.strides, array.dtype

@@ -35,6 +35,7 @@ class PackedCall:
         result: the array it writes.
         views: all arrays of the call: their addresses in ``args`` are good as long as these live.
         wide_ids: int64 ids that must be narrowed first, or ``None``.
+        generation: of the heap whose addresses are in ``args``.
     """
 
     args: Args
@@ -42,6 +43,7 @@ class PackedCall:
     result: Any
     views: tuple[arrays.View, ...]
     wide_ids: arrays.View | None
+    generation: int
 
     @property
     def lent(self) -> bool:
@@ -76,9 +78,12 @@ class Packer:
         self.narrow_ids = narrow_ids
         self._target, self._kernel, self._comm = target, kernel, comm
         self._local_experts = local_experts
-        self._bound: BoundExperts | None = None
-        self._generation = 0
-        self._prepared: tuple[bytes, tuple[Any, ...]] = (b"", ())  # for these weights in this generation of the heap
+        self._prepared: tuple[BoundExperts | None, int, bytes, tuple[Any, ...]]
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the weights of the last call."""
+        self._prepared = None, -1, b"", ()  # weights, generation of the heap, and what is prepared for them
 
     def __call__(
         self,
@@ -110,26 +115,37 @@ class Packer:
             _check_ids(ids.numpy()[:limit], spec.num_experts)
         result = arrays.empty_like(x, tokens.shape, spec.dtype) if out is None else out
         y = arrays.writable(result, "out", tokens.shape, spec.dtype, **where, alignment=16)
+        _refuse_overlap(y, topk_ids=ids, topk_weights=weights)
         bound = experts.bind(spec, self._local_experts, **where)
-        image, prepared = self._image_for(bound)
+        generation, image, prepared = self._image_for(bound)
         args = bytearray(image)
         ids_at = self.narrow_ids if wide else ids.pointer
         _POINTERS.pack_into(args, 0, tokens.pointer, ids_at, weights.pointer, y.pointer, counter.pointer if counter else 0)
         _TIMEOUT.pack_into(args, _AT["timeout_ns"], int(env.timeout_s() * 1e9))
         _TOKENS.pack_into(args, _AT["tokens"], limit)
         views = (tokens, ids, weights, y, *((counter,) if counter else ()), *bound.views)
-        return PackedCall(np.frombuffer(args, MOE_ARGS.dtype), prepared, result, views, ids if wide else None)
+        return PackedCall(np.frombuffer(args, MOE_ARGS.dtype), prepared, result, views, ids if wide else None, generation)
 
-    def _image_for(self, bound: BoundExperts) -> tuple[bytes, tuple[Any, ...]]:
+    def _image_for(self, bound: BoundExperts) -> tuple[int, bytes, tuple[Any, ...]]:
         """The arguments that stay the same while the weights and the heap do, and what goes with them."""
-        if self._bound is not bound or self._generation != self._comm.generation:
+        made_for, generation, image, prepared = self._prepared
+        if made_for is not bound or generation != self._comm.generation:
+            generation = self._comm.generation  # before the pointers: if they change meanwhile, it is over
             args = self.constant.copy()
             for name, value in (bound.fields | self._comm.heap.arguments()).items():
                 args[name] = value
             args["peers"][0, : self.spec.world_size] = self._comm.heap_pointers()
-            self._prepared = args.tobytes(), self._target.prepare(self._kernel, args)
-            self._bound, self._generation = bound, self._comm.generation
-        return self._prepared
+            image, prepared = args.tobytes(), self._target.prepare(self._kernel, args)
+            self._prepared = bound, generation, image, prepared
+        return generation, image, prepared
+
+
+def _refuse_overlap(y: arrays.View, **inputs: arrays.View) -> None:
+    """y may be x, whose rows have all been read when it is written; ids and weights are read to the end."""
+    end = y.pointer + y.nbytes
+    for name, view in inputs.items():
+        if view.pointer < end and y.pointer < view.pointer + view.nbytes:
+            raise SpecError(f"out shares memory with {name}, which is read while out is written. Pass another array.")
 
 
 def _check_ids(ids: np.ndarray[Any, Any], experts: int) -> None:

@@ -30,7 +30,7 @@ class Experts:
     """Weights of the experts a rank holds, in slot order: nn.Linear layout, K contiguous, never copied.
 
     Arrays may be written in place between calls, and a framework may replace the memory of a parameter: every call looks at
-    where they are. What lends its memory through DLPack is asked for it at every call, and keeps it as long as the call runs.
+    where they are. What lends its memory through DLPack is asked for it at every call, and lends it until the kernel has run.
 
     Args:
         gate, up: ``[E_local, I, H]``; a vanilla MLP has no gate.
@@ -110,8 +110,12 @@ class Experts:
 
 
 def _described(array: Any) -> str:
-    dtype = str(getattr(array, "dtype", "")).removeprefix("torch.")
-    return f"{type(array).__name__}[{dtype} {'x'.join(map(str, getattr(array, 'shape', ())))}]"
+    try:
+        shape = "x".join(map(str, array.shape))
+        dtype = str(array.dtype).removeprefix("torch.")
+    except Exception:  # what has none, or not yet
+        return type(array).__name__
+    return f"{type(array).__name__}[{dtype} {shape}]"
 
 
 @dataclass

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
+from contextlib import nullcontext
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -13,13 +15,14 @@ from . import arrays, comm, env
 from .arch import get_arch
 from .args import MOE_ARGS
 from .call import PackedCall, Packer
+from .comm.group import MovedError
 from .counters import LayerStats, read_state, take_trace
 from .errors import CommError, SpecError, UnsupportedError
 from .experts import Experts
 from .instrument import Instrument
 from .launch.cuda import CudaTarget, device_count
 from .launch.host import HostTarget
-from .launch.target import Target, TensorBox, loaded
+from .launch.target import Memory, Target, TensorBox, loaded
 from .layout import HeapNeeds, WorkspaceLayout, return_slots
 from .plan import KernelPlan, TileConfig, default_tile, plan_kernel, resolve_combine
 from .render import generate
@@ -74,9 +77,9 @@ class MoELayer:
         instrument: Instrument | None = None,
     ) -> None:
         self.spec = spec
-        self.comm = _resolve_comm(spec, comm)
         self._max_blocks, self._given_stream = max_blocks, stream
-        with self.comm.making():
+        with comm.making() if comm is not None else nullcontext():
+            self.comm = _resolve_comm(spec, comm)
             self._make(target, tile, placement, stream, instrument)
 
     def _make(
@@ -107,10 +110,10 @@ class MoELayer:
         self._target.load_helpers()
         self._router: Router | None = None
         self._processors = self._target.processors(self._kernel, spec.world_size)
-        self._closed = False
+        self._closed = self._released = False
         self.comm.reserve(self._target, HeapNeeds.of(spec, self._combine))
         placement = placement or Placement.default(spec.num_experts, spec.world_size)
-        self.set_placement(placement)
+        self._place(placement)
         alike = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
         self._number = self.comm.register({**alike, "combine": self._combine, "placement": placement.slots_per_rank})
 
@@ -121,7 +124,8 @@ class MoELayer:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MoELayer:
         if self._closed:
-            raise CommError("The layer is closed: it cannot be copied.")
+            with self.comm.making():
+                self._require_open()
         made = MoELayer(
             self.spec,
             target="host" if self.target == "host" else "cuda",
@@ -155,14 +159,17 @@ class MoELayer:
         Waits for the calls in flight, those of other threads too.
         """
         with self.comm.lock:
-            if self._closed:
+            if self._released:
                 return
+            self.comm.require_outside("close()")
             self._closed = True
+            self.comm.leave(self._number, f"its layer {self._number}")
             self._target.synchronize()
-            self._workspace = self._target.allocate(0)
-            self._pack = self._packer()
+            nothing = self._target.allocate(0)
+            self._workspace, self._pack = nothing, self._packer(self.placement, self._layout, nothing, self._tables)
             self._target.forget()
             router, self._router = self._router, None
+            self._released = True  # last: who is interrupted closes again
         if router is not None:
             router.close()
 
@@ -175,8 +182,9 @@ class MoELayer:
             SpecError: it does not fit the spec.
             CommError: the layer is closed.
         """
-        with self.comm.lock:
+        with self.comm.lock, self.comm.telling():
             self._require_open()
+            self.comm.require_outside("set_placement()")
             self._place(placement)
 
     def _place(self, placement: Placement) -> None:
@@ -186,28 +194,30 @@ class MoELayer:
                 f"placement has {placement.num_experts} experts on {placement.world_size} ranks. "
                 f"Must be {spec.num_experts} on {spec.world_size}."
             )
-        self.placement = placement
+        target = self._target
         order = [expert for rank in placement.slots_per_rank for expert in rank]
         position = np.empty(spec.num_experts, np.int32)
         position[order] = np.arange(spec.num_experts, dtype=np.int32)
-        self._target.synchronize()  # a call in flight still uses the old tables
-        self._expert_position = self._target.upload(position)
-        self._owner_first = self._target.upload(np.cumsum([0, *map(len, placement.slots_per_rank)], dtype=np.int32))
-        self._layout = WorkspaceLayout.of(
+        target.synchronize()  # a call in flight still uses the old tables
+        tables = target.upload(position), target.upload(np.cumsum([0, *map(len, placement.slots_per_rank)], dtype=np.int32))
+        layout = WorkspaceLayout.of(
             spec,
             self.tile,
             self._plan,
             combine=self._combine,
-            local_experts=self.local_experts,
+            local_experts=len(placement.local_experts(self.comm.rank)),
             processors=self._processors,
-            planners=self._workers - self._target.system_workers,
+            planners=self._workers - target.system_workers,
             tracks=self._workers * self._plan.tracks,
             trace_events=self._instrument.trace_events,
         )
-        self._workspace = self._target.allocate(self._layout.bytes)
-        self._reported = 0  # invalid ids
+        workspace = target.allocate(layout.bytes)
+        pack = self._packer(placement, layout, workspace, tables)
+        tag = hash(placement.slots_per_rank)
+        # All at once: an error or an interrupt before leaves the layer as it was, and none comes between.
+        self.placement, self._placed, self._layout, self._reported = placement, tag, layout, 0  # _reported: invalid ids
+        self._tables, self._workspace, self._pack = tables, workspace, pack
         self.comm.attach(self)
-        self._pack = self._packer()
 
     @property
     def local_experts(self) -> int:
@@ -286,14 +296,28 @@ class MoELayer:
             KernelTimeoutError, CommError: this call (host) or an earlier one failed, here or on another rank; the layer or the
                 communicator is closed; several ranks, and another thread is calling.
         """
-        with self.comm.call(self._number):
-            self._require_open()
-            chosen = self._stream if stream is None and self._stream is not None else self._target.stream(stream, x)
-            packed = self._pack(x, topk_ids, topk_weights, experts, out, num_tokens, self._target.dlpack_stream(chosen))
-            self.comm.run(self._target, chosen, lambda stop: self._launch(packed, chosen, stop))
-            if packed.lent:
-                self._target.keep(chosen, packed.views)
+        packed = self.comm.call(
+            self._number, lambda: self._call(x, topk_ids, topk_weights, experts, out, num_tokens, stream)
+        )
         return arrays.exported(packed.result, x) if out is None else out
+
+    def _call(
+        self, x: Any, topk_ids: Any, topk_weights: Any, experts: Experts, out: Any, num_tokens: Any, stream: Any
+    ) -> PackedCall:
+        self._require_open()
+        target, called = self._target, (self._number, self._placed)
+        chosen = self._stream if stream is None and self._stream is not None else target.stream(stream, x)
+        while True:
+            packed = self._pack(x, topk_ids, topk_weights, experts, out, num_tokens, target.dlpack_stream(chosen))
+            launch = functools.partial(self._launch, packed, chosen)
+            try:
+                self.comm.run(target, chosen, called, packed.generation, launch)
+            except MovedError:  # another thread has made a larger layer
+                continue
+            if packed.lent:
+                target.keep(chosen, packed.views)
+                self._pack.forget()
+            return packed
 
     def _launch(self, packed: PackedCall, stream: Any, stop: np.ndarray[Any, Any]) -> None:
         if (ids := packed.wide_ids) is not None:
@@ -345,29 +369,33 @@ class MoELayer:
             self._require_open()
             return read_state(self._workspace, self._layout)
 
-    def _packer(self) -> Packer:
+    def _packer(
+        self, placement: Placement, layout: WorkspaceLayout, workspace: Memory, tables: tuple[Memory, Memory]
+    ) -> Packer:
         """A packer that borrows nothing yet, with the fields that do not change from call to call."""
-        spec, base = self.spec, self._workspace.pointer
+        spec, local_experts = self.spec, len(placement.local_experts(self.comm.rank))
         args = MOE_ARGS.zeros()
-        places = {name: base + region.offset for name, region in self._layout.regions.items()}
+        places = {name: workspace.pointer + region.offset for name, region in layout.regions.items()}
         narrow_ids = places.pop("narrow_ids")
-        for name, place in places.items():
-            args[name] = place
-        for name, value in self._layout.sizes.items():
+        values: dict[str, Any] = {
+            **places,
+            **layout.sizes,
+            "expert_position": tables[0].pointer,
+            "owner_first": tables[1].pointer,
+            "record": self.comm.record.ctypes.data,
+            "delay_ns": self._instrument.delay_ns,
+            "max_tokens": spec.max_tokens,
+            "num_experts": spec.num_experts,
+            "local_experts": local_experts,
+            "capacity": _NO_CAPACITY if spec.capacity is None else spec.capacity,
+            "rank": self.comm.rank,
+            "world_size": spec.world_size,
+            "combine_by_rank": self._combine == "rank",
+            "return_slots": return_slots(spec, self._combine),
+        }
+        for name, value in values.items():
             args[name] = value
-        args["expert_position"] = self._expert_position.pointer
-        args["owner_first"] = self._owner_first.pointer
-        args["record"] = self.comm.record.ctypes.data
-        args["delay_ns"] = self._instrument.delay_ns
-        args["max_tokens"] = spec.max_tokens
-        args["num_experts"] = spec.num_experts
-        args["local_experts"] = self.local_experts
-        args["capacity"] = _NO_CAPACITY if spec.capacity is None else spec.capacity
-        args["rank"] = self.comm.rank
-        args["world_size"] = spec.world_size
-        args["combine_by_rank"] = self._combine == "rank"
-        args["return_slots"] = return_slots(spec, self._combine)
-        return Packer(spec, self._target, self._kernel, self.comm, self.local_experts, args, narrow_ids)
+        return Packer(spec, self._target, self._kernel, self.comm, local_experts, args, narrow_ids)
 
     def restart(self) -> None:
         """Start from clean counters: for the communicator, which has cleared the signals that they go with."""

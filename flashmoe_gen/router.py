@@ -77,7 +77,7 @@ class Router:
         return arrays.exported(ids, x), arrays.exported(weights, x)
 
     def _launch(self, args: Any, workers: int, stream: Any, views: tuple[arrays.View, ...]) -> None:
-        with self.lock, self._comm.stopping() as stop:
+        with self.lock, self._comm.launching() as stop:
             if self._closed:
                 raise CommError("The layer is closed.")
             self._target.follow(stream, self._stream)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..args import AWAITS, ROLES
-from ..errors import CommError, KernelTimeoutError
+from ..errors import CommError, KernelTimeoutError, SpecError
 from ..launch.target import Memory, Target
 from ..layout import HeapLayout, HeapNeeds
 from .group import Group, Restarts
+
+T = TypeVar("T")
 
 
 class Communicator:
@@ -33,11 +37,15 @@ class Communicator:
         self.rank = rank
         self.world_size = group.world_size
         self.local_rank = rank
-        self.lock = threading.RLock()  # held by whoever uses what the rank's calls use
-        self._turn = threading.Lock()  # held during a call
+        self.renew_locks()
+        self._inside: Callable[[], object] = _nothing  # what lives as long as a call of this rank
         self._met = 0  # layers that all ranks are known to have made
         self._meeting = False
         self._stream: Any = None  # of the last launch
+        _communicators.add(self)
+
+    def renew_locks(self) -> None:
+        self.lock = threading.RLock()  # held by whoever uses what the rank's calls use
 
     def __repr__(self) -> str:
         return f"Communicator(rank={self.rank}, world_size={self.world_size})"
@@ -55,27 +63,33 @@ class Communicator:
             CommError: closed, or a rank did not come.
         """
         self._require_open()
-        self._group.wait("barrier()")
+        self._group.meet(self.rank, "barrier()")
 
     def split(self, color: int, key: int | None = None) -> Communicator:
         """Collective: a new communicator of the ranks that passed the same ``color``, ordered by ``key`` (default: rank).
 
-        It has a heap of its own. Raises :class:`CommError` when a rank does not take part.
+        It has a heap of its own.
+
+        Raises:
+            SpecError: ``color`` or ``key`` is not an integer.
+            CommError: closed, or a rank does not take part.
         """
         self._require_open()
+        for name, value in (("color", color), ("key", 0 if key is None else key)):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                raise SpecError(f"{name}={value!r} is not valid. Must be an integer.")
         group = self._group
-        group.exchange[self.rank] = (color, self.rank if key is None else key)
-        group.wait("split()")
-        votes = dict(group.exchange)
+        group.exchange["vote", self.rank] = (int(color), self.rank if key is None else int(key))
+        group.meet(self.rank, "split()")
+        votes = {rank: group.exchange["vote", rank] for rank in range(self.world_size)}
         members = sorted((vote[1], rank) for rank, vote in votes.items() if vote[0] == color)
         ranks = [rank for _, rank in members]
-        group.wait("split()")
         if self.rank == ranks[0]:
-            group.exchange[-1 - color] = Group(len(ranks), group.heap_bytes)
-        group.wait("split()")
-        shared = group.exchange[-1 - color]
-        group.wait("split()")
-        group.exchange.pop(-1 - color, None)
+            group.exchange["group", int(color)] = Group(len(ranks), group.heap_bytes)
+        group.meet(self.rank, "split()")
+        shared = group.exchange["group", int(color)]
+        group.meet(self.rank, "split()")
+        group.exchange.pop(("group", int(color)), None)
         return Communicator(shared, ranks.index(self.rank))
 
     def check(self) -> None:
@@ -96,13 +110,14 @@ class Communicator:
         """
         self._require_open()
         group = self._group
-        group.wait("reset()")
+        group.meet(self.rank, "reset()")
         if self.rank == 0:
             with group.lock:
-                if group.running == 0:
+                group.exchange["cleared"] = not group.running
+                if not group.running:
                     group.clear()
-        group.wait("reset()")
-        if group.running or any(record[0]["filled"] for record in group.records):
+        group.meet(self.rank, "reset()")  # after it others may already be in their next call
+        if not group.exchange["cleared"]:
             raise CommError("reset() while a call is in flight on some rank.")
 
     def close(self, *, abort: bool = False) -> None:
@@ -111,13 +126,20 @@ class Communicator:
         Waits for this rank's call in flight. ``abort=True`` waits for nobody: it ends the calls in flight on every rank, whose
         callers get a :class:`CommError`.
         """
+        group = self._group
         if abort:
-            self._group.fail(f"rank {self.rank} has closed it with abort=True.")
-            self._group.closed = True
+            group.fail(f"rank {self.rank} has closed it with abort=True.")
+            self._end()
         else:
             with self.lock:
-                self._group.closed = True
-        self._group.gate.abort()
+                self.require_outside("close()")
+                self.leave(None, "its communicator")
+                self._end()
+
+    def _end(self) -> None:
+        with self._group.lock:
+            self._group.closed = True
+            self._group.changed.notify_all()
 
     # What layers use -------------------------------------------------------------------------------------------------
 
@@ -184,22 +206,53 @@ class Communicator:
     def making(self) -> Iterator[None]:
         """Around the making of a layer: peers that wait for it learn of a failure."""
         group = self._group
+        with group.lock:
+            group.attempts[self.rank] += 1
         try:
             yield
         except BaseException as error:
             with group.lock:
-                group.unmade[self.rank] = _reason(error)
+                group.unmade[self.rank] = group.attempts[self.rank], _reason(error)
                 group.changed.notify_all()
             raise
 
-    def call(self, layer: int) -> _Call:
-        """Around one call of a layer: no other call of this rank meanwhile, and peers learn of a failure.
+    def call(self, layer: int, work: Callable[[], T]) -> T:
+        """Make one call of a layer: no other call of this rank meanwhile, and peers learn of a failure.
 
         Raises:
             CommError: closed, failed, refused by a peer, not made by all ranks; or (several ranks) another thread calls.
             KernelTimeoutError: as :meth:`check`.
         """
-        return _Call(self, layer)
+        if self.world_size > 1 and self._inside() is not None:
+            self._refuse_overlap()
+        with self.lock:  # not acquire() before a try: an interrupt may come between the two
+            self.require_outside("a call")
+            begun, token = self._group.begun[self.rank], _Token()
+            try:
+                self._inside = weakref.ref(token)
+                self.check()
+                if self.world_size > 1:
+                    self._meet(layer)
+                return work()
+            except BaseException as error:
+                self._tell(error, begun)
+                raise
+            finally:
+                self._inside = _nothing
+
+    def require_outside(self, what: str) -> None:
+        """Raise if this thread, which has the lock, is in a call: a signal handler must not change what the call uses."""
+        if self._inside() is not None:
+            raise CommError(f"{what} inside a call of the same rank (in a signal handler?). Must wait until the call has ended.")
+
+    def _refuse_overlap(self) -> None:
+        why = (
+            f"Rank {self.rank} is called from two threads at the same time. With several ranks, calls of a rank must follow "
+            "each other; each rank needs a communicator of its own."
+        )
+        if self._meeting:  # the other call waits for peers that may never come
+            self._group.fail(why)
+        raise CommError(why)
 
     @contextmanager
     def telling(self) -> Iterator[None]:
@@ -214,79 +267,75 @@ class Communicator:
     def _tell(self, error: BaseException, begun: int) -> None:
         """``begun``: how many calls this rank had begun before what raised."""
         group, why = self._group, f"Rank {self.rank} raised {_reason(error)}"
-        interrupted = not isinstance(error, Exception)
+        if self.world_size == 1:
+            return
         with group.lock:
-            if self.world_size == 1:
-                if interrupted and group.running == 0:
-                    group.clear()
-            elif interrupted or group.begun[self.rank] != begun or max(group.begun) > begun:
+            if not isinstance(error, Exception) or group.begun[self.rank] != begun or max(group.begun) > begun:
                 group.fail(why)
             elif not group.failure:
                 group.refused[self.rank] = why  # until it makes the call after all
 
-    def _take_turn(self) -> None:
-        if self._turn.acquire(blocking=False):
-            return
-        why = (
-            f"Rank {self.rank} is called from two threads at the same time. With several ranks, calls of a rank must follow "
-            "each other; each rank needs a communicator of its own."
-        )
-        if self._meeting:  # the other call waits for peers that may never come
-            self._group.fail(why)
-        raise CommError(why)
+    def leave(self, layer: int | None, what: str) -> None:
+        """Tell peers that are in a call which this rank will not make, because it closes a layer, or all of them."""
+        group = self._group
+        with group.lock:
+            turn = group.turns.get(group.begun[self.rank])
+            if turn is not None and layer in (None, turn[1][0]):
+                group.fail(f"rank {self.rank} has closed {what}.")
 
     def _meet(self, layer: int) -> None:
         """Wait for peers that have not made the layer yet; raise if one has refused the call that this rank begins."""
         group = self._group
         if layer >= self._met:
-            self._meeting = True
             try:
+                self._meeting = True
                 group.await_layer(self.rank, layer)
             finally:
                 self._meeting = False
             self._met = layer + 1
-        with group.lock:
-            for peer, why in group.refused.items():
-                if peer != self.rank and group.begun[peer] <= group.begun[self.rank]:
-                    group.fail(why)
-        self._raise_failure()
+        group.require_peers(self.rank)
 
-    def run(self, target: Target, stream: Any, launch: Callable[[np.ndarray[Any, Any]], None]) -> None:
-        """Run one launch of this rank, after what it launched before on other streams.
+    def run(
+        self, target: Target, stream: Any, called: Any, generation: int, launch: Callable[[np.ndarray[Any, Any]], None]
+    ) -> None:
+        """Begin this rank's next call, and run its launch after what the rank launched before on other streams.
 
         Raises:
+            MovedError: see :meth:`flashmoe_gen.comm.group.Group.begin`.
             KernelTimeoutError, CommError: the call has ended in failure (synchronous targets).
         """
         group = self._group
         target.follow(stream, self._stream)
-        with group.lock:
-            group.running += 1
-            group.begun[self.rank] += 1
-            group.refused.pop(self.rank, None)
+        flight = group.begin(self.rank, called, generation)
         try:
-            launch(group.stop)
+            launch(flight.stop)
         finally:
-            with group.lock:
-                group.running -= 1
+            ended_early = bool(flight.stop[0])
+            group.launches.discard(flight)
+            if ended_early and self.world_size == 1 and not group.failure:
+                group.clear()  # nobody else has a part in what it left behind
         self._stream = stream
         if target.synchronous:
             self._raise_failure()
+            if ended_early:
+                raise CommError("The call was ended before it was done.")
 
     @contextmanager
-    def stopping(self) -> Iterator[np.ndarray[Any, Any]]:
+    def launching(self) -> Iterator[np.ndarray[Any, Any]]:
         """Around a launch that no peer waits for; yields what ends it early.
 
         Raises:
-            CommError, KernelTimeoutError: it was ended, because of another call.
+            CommError, KernelTimeoutError: it was ended, because the communicator has failed.
         """
         self.check()
-        group = self._group
-        stops = group.stops
-        with self.telling():
-            yield group.stop
+        flight = self._group.launch()
+        try:
+            yield flight.stop
+        finally:
+            self._group.launches.discard(flight)
+        if flight.stop[0]:
             self._raise_failure()
-            if group.stop[0] or group.stops != stops:
-                raise CommError("The call was ended: another one was interrupted.")
+            raise CommError("The call was ended before it was done.")
 
     def _raise_failure(self) -> None:
         group = self._group
@@ -303,47 +352,37 @@ class Communicator:
                 seen=int(record["seen"]),
             )
         late = [f"a wait of rank {rank} passed its deadline." for rank, flag in enumerate(group.filled) if flag.value]
-        raise CommError(f"The communicator has failed: {(late or [group.failure])[0]} Call reset() on every rank.")
+        if late and not group.failure:
+            raise CommError(f"The communicator has failed: {late[0]} Call reset() on every rank.")
+        group.require_sound()
 
     def _require_open(self) -> None:
         if self._group.closed:
-            raise CommError("The communicator is closed.")
-
-
-class _Call:
-    """A context manager of few steps: it is on the way of every call."""
-
-    __slots__ = ("_begun", "_comm", "_layer")
-
-    def __init__(self, comm: Communicator, layer: int) -> None:
-        self._comm, self._layer = comm, layer
-
-    def __enter__(self) -> None:
-        comm = self._comm
-        if comm.world_size > 1:
-            comm._take_turn()
-        comm.lock.acquire()
-        self._begun = comm._group.begun[comm.rank]
-        try:
-            comm.check()
-            if comm.world_size > 1:
-                comm._meet(self._layer)
-        except BaseException as error:
-            self.__exit__(type(error), error)
-            raise
-
-    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
-        comm = self._comm
-        try:
-            if error is not None:
-                comm._tell(error, self._begun)
-        finally:
-            comm.lock.release()
-            if comm.world_size > 1:
-                comm._turn.release()
+            self._group.require_sound()
 
 
 def _reason(error: BaseException) -> str:
     """An error in one line, which ends with a full stop."""
     text = f"{type(error).__name__}: {error}".splitlines()[0].strip().rstrip(":.")
     return f"{text}."
+
+
+class _Token:
+    """Lives as long as a call."""
+
+
+def _nothing() -> None:
+    return None
+
+
+_communicators: weakref.WeakSet[Communicator] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """In the child: a thread that was in a call is not here."""
+    for communicator in list(_communicators):
+        communicator.renew_locks()
+        communicator._inside = _nothing
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import time
 import weakref
@@ -27,6 +28,21 @@ class Restarts(Protocol):
         """Clear all counters."""
 
 
+class Launch:
+    """One launch in flight, as long as somebody holds this object: an interrupt may come before any ``finally``.
+
+    Attributes:
+        stop: not 0: a synchronous target ends the launch early.
+    """
+
+    def __init__(self) -> None:
+        self.stop = np.zeros(1, np.uint32)
+
+
+class MovedError(Exception):
+    """The heap is no longer where the arguments of a call say."""
+
+
 def _flags(records: list[np.ndarray[Any, Any]]) -> list[ctypes.c_uint32]:
     """Whether each record is filled, looked at without NumPy, which takes long for one number."""
     assert ABORT_RECORD.fields[0].name == "filled"
@@ -39,10 +55,9 @@ class Group:
     def __init__(self, world_size: int, heap_bytes: int | None) -> None:
         self.world_size = world_size
         self.heap_bytes = heap_bytes
-        self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)  # `made`, `unmade`, `refused` or `failure` has
-        self.gate = threading.Barrier(world_size)
-        self.running = 0  # launches in flight
+        self.renew_locks()
+        self.arrived: set[int] = set()  # ranks that wait in a collective
+        self.meetings = 0  # collectives that are over
         self.generation = 0  # counts resets and re-layouts of the heaps
         self.closed = False
         self.target: Target | None = None
@@ -51,15 +66,26 @@ class Group:
         self.needs = HeapNeeds()
         self.layout = HeapLayout.of(self.needs, world_size)
         self.heaps: list[Memory] = []
-        self.exchange: dict[int, Any] = {}
+        self.exchange: dict[Any, Any] = {}
         self.layers: weakref.WeakSet[Restarts] = weakref.WeakSet()
         self.made: list[list[Mapping[str, Any]]] = [[] for _ in range(world_size)]  # what describes each rank's layers
-        self.unmade: dict[int, str] = {}  # why a rank has not made its next layer
+        self.attempts = [0] * world_size  # at making layers
+        self.unmade: dict[int, tuple[int, str]] = {}  # the attempt at which a rank has not made its next layer, and why
         self.begun = [0] * world_size  # calls of each rank since the signals started from zero
+        self.turns: dict[int, tuple[int, Any, int]] = {}  # calls that not all have begun: who was first, of what, how many have
         self.refused: dict[int, str] = {}  # why a rank has not begun its next call
         self.failure = ""  # why nothing works until reset(), beside the records
-        self.stop = np.zeros(1, np.uint32)  # not 0: launches of a synchronous target end
-        self.stops = 0  # how often that was taken back
+        self.launches: weakref.WeakSet[Launch] = weakref.WeakSet()
+        _groups.add(self)
+
+    def renew_locks(self) -> None:
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)  # something of `made`, `unmade`, `refused`, `failure`, `closed`, `meetings`
+
+    @property
+    def running(self) -> bool:
+        """Whether a launch is in flight, as far as the host knows."""
+        return len(self.launches) > 0
 
     def bind(self, target: Target) -> None:
         if self.target is None:
@@ -76,10 +102,17 @@ class Group:
                 f"heap_bytes={self.heap_bytes} is too small: the layers of this communicator need {layout.bytes} bytes per rank."
             )
         target.synchronize()
-        self.heaps, self.layout, self.needs = [target.allocate(layout.bytes) for _ in range(self.world_size)], layout, needs
-        self.restarted()
+        heaps = [target.allocate(layout.bytes) for _ in range(self.world_size)]
+        try:
+            self.generation += 1  # who reads it now and the pointers before or after this sees another one in begin()
+            self.heaps, self.layout, self.needs = heaps, layout, needs
+            self.restarted()
+        except BaseException:
+            self.failure = "the growing of its heap was interrupted."
+            raise
 
     def clear(self) -> None:
+        self.failure = "its clearing was interrupted."  # until it is done
         if self.target is not None:
             self.target.synchronize()
         for heap in self.heaps:
@@ -88,27 +121,78 @@ class Group:
                     heap.fill(region.offset, region.bytes, 0)
         for record in self.records:
             record[:] = 0
-        self.failure = ""
-        self.stops += bool(self.stop[0])
-        self.stop[0] = 0
         self.restarted()
+        self.failure = ""
 
     def restarted(self) -> None:
         """Signals and epochs start from zero: so do the counters of every layer, now and not in the order of some stream."""
         self.generation += 1
         self.begun = [0] * self.world_size
+        self.turns.clear()
         self.refused.clear()
-        for layer in self.layers:
+        for layer in list(self.layers):
             layer.restart()
 
     def fail(self, why: str) -> None:
-        """End the calls in flight on every rank: nobody shall wait for what cannot come any more."""
+        """End the launches in flight on every rank: nobody shall wait for what cannot come any more."""
         with self.lock:
             self.failure = self.failure or why
-            self.stop[0] = 1
+            for launch in list(self.launches):
+                launch.stop[0] = 1
             if self.target is not None:
                 self.target.interrupt([heap.pointer + _ABORTED_AT for heap in self.heaps])
             self.changed.notify_all()
+
+    def launch(self) -> Launch:
+        """A launch that nobody else waits for. Raises :class:`CommError` when the group has failed."""
+        with self.lock:
+            self.require_sound()
+            made = Launch()
+            self.launches.add(made)
+            return made
+
+    def begin(self, rank: int, called: Any, generation: int) -> Launch:
+        """Begin a rank's next call, in which every rank must call the same (``called``: layer and placement).
+
+        Raises:
+            MovedError: ``generation`` is over: pack the arguments again.
+            CommError: the group has failed, a peer has refused this call or calls something else, or its arguments are wrong.
+        """
+        with self.lock:
+            self.require_sound()
+            if generation != self.generation:
+                raise MovedError
+            self.require_peers(rank)
+            number = self.begun[rank]
+            first, expected, count = self.turns.pop(number, (rank, called, 0))
+            if expected != called:
+                self.fail(
+                    f"rank {rank} calls its layer {called[0]} where rank {first} calls its layer {expected[0]}."
+                    if expected[0] != called[0]
+                    else f"rank {rank} and rank {first} call their layer {called[0]} with different placements."
+                )
+                self.require_sound()
+            launch = self.launch()
+            if count + 1 < self.world_size:
+                self.turns[number] = (first, expected, count + 1)
+            self.begun[rank] = number + 1
+            self.refused.pop(rank, None)
+            return launch
+
+    def require_peers(self, rank: int) -> None:
+        """Raise if a peer has refused the call that this rank is about to begin."""
+        with self.lock:
+            for peer, why in self.refused.items():
+                if peer != rank and self.begun[peer] <= self.begun[rank]:
+                    self.fail(why)
+                    self.require_sound()
+
+    def require_sound(self) -> None:
+        """Raise what keeps calls from being made, but for the records."""
+        if self.closed:
+            raise CommError(f"The communicator is closed{': ' + self.failure if self.failure else '.'}")
+        if self.failure:
+            raise CommError(f"The communicator has failed: {self.failure} Call reset() on every rank.")
 
     def await_layer(self, rank: int, layer: int) -> None:
         """Wait until every rank has made its n-th layer, and made it alike."""
@@ -116,10 +200,10 @@ class Group:
         deadline = time.monotonic() + timeout
         with self.lock:
             while missing := [peer for peer, made in enumerate(self.made) if len(made) <= layer]:
-                if self.failure or self.closed:
-                    return
+                self.require_sound()
                 for peer in missing:
-                    if why := self.unmade.get(peer):
+                    attempt, why = self.unmade.get(peer, (0, ""))
+                    if why and attempt >= self.attempts[rank]:  # an earlier one has failed here too
                         raise CommError(f"Rank {peer} has not made its layer {layer}: {why}")
                 left = deadline - time.monotonic() if timeout else None
                 if left is not None and left <= 0:
@@ -137,12 +221,45 @@ class Group:
                             f"{name}={mine!r}. Every rank makes the same layers in the same order."
                         )
 
-    def wait(self, what: str) -> None:
-        timeout = env.timeout_s() or None
-        try:
-            self.gate.wait(timeout)
-        except threading.BrokenBarrierError:
-            with self.lock:
-                if self.gate.broken:
-                    self.gate.reset()
-            raise CommError(f"{what}: not all {self.world_size} ranks came within {timeout} s.") from None
+    def meet(self, rank: int, what: str) -> None:
+        """Wait until every rank is in this collective. Not a ``threading.Barrier``, which an interrupt leaves unusable."""
+        timeout = env.timeout_s()
+        deadline = time.monotonic() + timeout
+        with self.lock:
+            meeting = self.meetings
+            self.arrived.add(rank)
+            if len(self.arrived) == self.world_size:
+                self.arrived.clear()
+                self.meetings += 1
+                self.changed.notify_all()
+            try:
+                while self.meetings == meeting:
+                    if self.closed:
+                        self.require_sound()
+                    left = deadline - time.monotonic() if timeout else None
+                    if left is not None and left <= 0:
+                        raise CommError(f"{what}: not all {self.world_size} ranks came within {timeout} s.")
+                    self.changed.wait(left)
+            except BaseException:
+                if self.meetings == meeting:
+                    self.arrived.discard(rank)
+                raise
+
+    def after_fork(self) -> None:
+        """In the child: threads that held locks or were in calls are not here."""
+        self.renew_locks()
+        self.arrived.clear()
+        if self.running and self.target is not None and self.target.synchronous:
+            self.launches.clear()
+            self.clear()
+
+
+_groups: weakref.WeakSet[Group] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for group in list(_groups):
+        group.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,15 +60,6 @@ def _launcher() -> ctypes.CDLL:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
-
-
-def _finish(run: int) -> None:
-    """Wait until no thread of a launch is left, whatever signals come meanwhile: they use memory that is about to go."""
-    while True:
-        with suppress(KeyboardInterrupt):
-            while not _launcher().flashmoe_wait(run, _WAIT_MS):
-                pass
-            return
 
 
 class HostMemory:
@@ -202,8 +192,7 @@ class HostTarget:
         finally:
             if not ended:
                 stop[0] = 1
-            _finish(run)
-            launcher.flashmoe_end_run(run)
+            launcher.flashmoe_end_run(run)  # in one step: its threads use memory that is about to go, whatever signals come
 
     def interrupt(self, aborted: Sequence[int]) -> None:
         pass  # stop= is what ends a launch here

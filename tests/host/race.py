@@ -41,7 +41,7 @@ class Bundle:
         assert not others, "one kernel per executable"
         for layer in world.layers:
             poison(layer)
-            memories = [layer._workspace, layer._expert_position, layer._owner_first]
+            memories = [layer._workspace, *layer._tables]
             self.buffers += [memory.array for memory in memories]
             self.buffers.append(layer.comm.record)
             self.buffers.append(layer.comm.heap_memory(layer.comm.rank).array)

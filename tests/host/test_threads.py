@@ -143,9 +143,9 @@ def test_with_several_ranks_a_second_thread_is_refused(monkeypatch: pytest.Monke
     experts = [PROBLEM.experts(world.placement.local_experts(rank)) for rank in range(2)]
     with slow_launches(monkeypatch) as running:
 
-        def late() -> None:
+        def late() -> np.ndarray:
             assert running.wait(30)
-            world.layers[0](*inputs[0], experts[0])
+            return world.layers[0](*inputs[0], experts[0])
 
         first, other, second = together(*(lambda r=r: world.layers[r](*inputs[r], experts[r]) for r in range(2)), late)
     refused, y = sorted((first, second), key=lambda result: isinstance(result, np.ndarray))  # whoever comes second
