@@ -13,6 +13,7 @@ from .values import INT32_MAX, flag, integer, number, shown
 
 ConfigLike = str | os.PathLike[str] | Mapping[str, Any]
 _T = TypeVar("_T")
+_MOST_BYTES = 16 << 20
 _WORDS: dict[type, str] = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
 
 
@@ -110,12 +111,18 @@ def load(config: ConfigLike) -> Config:
         path = path / "config.json" if path.is_dir() else path
         source = str(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            with path.open("rb") as file:  # not all of it: a device may have no end
+                data = file.read(_MOST_BYTES + 1)
+            if len(data) > _MOST_BYTES:
+                raise SpecError(f"config={source!r} is not valid. Must hold at most {_MOST_BYTES} bytes.")
+            values = json.loads(data.decode("utf-8"))
         except OSError as error:
             raise SpecError(
                 f"config={source!r} cannot be read: {error.strerror or error}. "
                 "Must be a local config.json or the folder that holds it."
             ) from error
+        except SpecError:
+            raise
         except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
             raise SpecError(f"config={source!r} is not valid JSON: {error}") from error
     else:

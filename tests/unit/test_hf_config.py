@@ -443,3 +443,8 @@ def test_numbers_of_numpy() -> None:
     assert MoESpec.from_hf_config({**config, "swiglu_limit": np.float64(5)}, max_tokens=16) == spec_of(
         "gpt_oss", swiglu_limit=5
     )
+
+
+def test_a_file_without_an_end_is_refused() -> None:
+    with pytest.raises(SpecError, match="config='/dev/zero' is not valid. Must hold at most"):
+        spec_fields("/dev/zero")
