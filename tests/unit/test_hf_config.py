@@ -446,5 +446,5 @@ def test_numbers_of_numpy() -> None:
 
 
 def test_a_file_without_an_end_is_refused() -> None:
-    with pytest.raises(SpecError, match="config='/dev/zero' is not valid. Must hold at most"):
+    with pytest.raises(SpecError, match=r"config='/dev/zero' is not valid. Must hold at most"):
         spec_fields("/dev/zero")
