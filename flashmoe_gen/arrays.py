@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -47,7 +46,6 @@ class _VersionedTensor(ctypes.Structure):  # DLPack 1.0: DLManagedTensorVersione
     ]
 
 
-_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}
 _DL_VERSION = (1, 0)
 _DL_READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
@@ -80,11 +78,6 @@ class View(NamedTuple):
     device: str
     owner: object
     capsule: object = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes from the first element to the last of a contiguous array."""
-        return math.prod(self.shape) * _SIZES.get(self.dtype, 8)
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """The same memory as a NumPy array."""

@@ -36,6 +36,7 @@ class PackedCall:
         views: all arrays of the call: their addresses in ``args`` are good as long as these live.
         wide_ids: int64 ids that must be narrowed first, or ``None``.
         generation: of the heap whose addresses are in ``args``.
+        lent: whether some memory is there only as long as its view.
     """
 
     args: Args
@@ -44,11 +45,7 @@ class PackedCall:
     views: tuple[arrays.View, ...]
     wide_ids: arrays.View | None
     generation: int
-
-    @property
-    def lent(self) -> bool:
-        """Whether some memory is there only as long as its view."""
-        return any(view.capsule for view in self.views)
+    lent: bool
 
 
 class Packer:
@@ -115,7 +112,11 @@ class Packer:
             _check_ids(ids.numpy()[:limit], spec.num_experts)
         result = arrays.empty_like(x, tokens.shape, spec.dtype) if out is None else out
         y = arrays.writable(result, "out", tokens.shape, spec.dtype, **where, alignment=16)
-        _refuse_overlap(y, topk_ids=ids, topk_weights=weights)
+        y_bytes = count * spec.hidden_size * spec.element.size
+        for name, view, size in (("topk_ids", ids, 8 if wide else 4), ("topk_weights", weights, 4)):
+            if y.pointer < view.pointer + count * spec.top_k * size and view.pointer < y.pointer + y_bytes:
+                # x may be: its rows have all been read when out is written
+                raise SpecError(f"out shares memory with {name}, which is read while out is written. Pass another array.")
         bound = experts.bind(spec, self._local_experts, **where)
         generation, image, prepared = self._image_for(bound)
         args = bytearray(image)
@@ -123,8 +124,10 @@ class Packer:
         _POINTERS.pack_into(args, 0, tokens.pointer, ids_at, weights.pointer, y.pointer, counter.pointer if counter else 0)
         _TIMEOUT.pack_into(args, _AT["timeout_ns"], int(env.timeout_s() * 1e9))
         _TOKENS.pack_into(args, _AT["tokens"], limit)
-        views = (tokens, ids, weights, y, *((counter,) if counter else ()), *bound.views)
-        return PackedCall(np.frombuffer(args, MOE_ARGS.dtype), prepared, result, views, ids if wide else None, generation)
+        views = (tokens, ids, weights, y, counter) if counter else (tokens, ids, weights, y)
+        lent = bound.lent or any(view.capsule is not None for view in views)
+        packed = np.frombuffer(args, MOE_ARGS.dtype)
+        return PackedCall(packed, prepared, result, (*views, *bound.views), ids if wide else None, generation, lent)
 
     def _image_for(self, bound: BoundExperts) -> tuple[int, bytes, tuple[Any, ...]]:
         """The arguments that stay the same while the weights and the heap do, and what goes with them."""
@@ -138,14 +141,6 @@ class Packer:
             image, prepared = args.tobytes(), self._target.prepare(self._kernel, args)
             self._prepared = bound, generation, image, prepared
         return generation, image, prepared
-
-
-def _refuse_overlap(y: arrays.View, **inputs: arrays.View) -> None:
-    """y may be x, whose rows have all been read when it is written; ids and weights are read to the end."""
-    end = y.pointer + y.nbytes
-    for name, view in inputs.items():
-        if view.pointer < end and y.pointer < view.pointer + view.nbytes:
-            raise SpecError(f"out shares memory with {name}, which is read while out is written. Pass another array.")
 
 
 def _check_ids(ids: np.ndarray[Any, Any], experts: int) -> None:

@@ -19,11 +19,13 @@ class BoundExperts:
         fields: the weight fields of ``MoEArgs``.
         views: the arrays behind them.
         identities: what was bound; see :func:`flashmoe_gen.arrays.identity`.
+        lent: whether some of it is there only as long as its view.
     """
 
     fields: dict[str, int]
     views: tuple[arrays.View, ...]
     identities: tuple[Any, ...]
+    lent: bool
 
 
 class Experts:
@@ -103,8 +105,9 @@ class Experts:
             views: dict[str, arrays.View] = {}
             look = _Check(self._arrays, self._interleaved, {"device": device, "stream": stream}, views)
             fields = look.fields(spec, local_experts)
-            bound = BoundExperts(fields, tuple(views.values()), identities)
-            if not any(view.capsule for view in bound.views):
+            lent = any(view.capsule is not None for view in views.values())
+            bound = BoundExperts(fields, tuple(views.values()), identities, lent)
+            if not lent:
                 self._bound[key] = bound
         return bound
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
 import functools
 import logging
@@ -319,7 +320,7 @@ class MoELayer:
                 self._pack.forget()
             return packed
 
-    def _launch(self, packed: PackedCall, stream: Any, stop: np.ndarray[Any, Any]) -> None:
+    def _launch(self, packed: PackedCall, stream: Any, stop: ctypes.c_uint32 | None) -> None:
         if (ids := packed.wide_ids) is not None:
             count = ids.shape[0] * ids.shape[1]
             self._target.narrow_ids(ids.pointer, count, self._pack.narrow_ids, self.spec.num_experts, stream)

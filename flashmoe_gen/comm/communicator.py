@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import weakref
@@ -15,7 +16,7 @@ from ..args import AWAITS, ROLES
 from ..errors import CommError, KernelTimeoutError, SpecError
 from ..launch.target import Memory, Target
 from ..layout import HeapLayout, HeapNeeds
-from .group import Group, Restarts
+from .group import Group, Launch, Restarts
 
 T = TypeVar("T")
 
@@ -296,7 +297,7 @@ class Communicator:
         group.require_peers(self.rank)
 
     def run(
-        self, target: Target, stream: Any, called: Any, generation: int, launch: Callable[[np.ndarray[Any, Any]], None]
+        self, target: Target, stream: Any, called: Any, generation: int, launch: Callable[[ctypes.c_uint32 | None], None]
     ) -> None:
         """Begin this rank's next call, and run its launch after what the rank launched before on other streams.
 
@@ -306,22 +307,25 @@ class Communicator:
         """
         group = self._group
         target.follow(stream, self._stream)
-        flight = group.begin(self.rank, called, generation)
+        if not target.synchronous:
+            group.begin(self.rank, called, generation, None)
+            launch(None)
+            self._stream = stream
+            return
+        flight = Launch()
+        group.begin(self.rank, called, generation, flight)
         try:
             launch(flight.stop)
         finally:
-            ended_early = bool(flight.stop[0])
             group.launches.discard(flight)
-            if ended_early and self.world_size == 1 and not group.failure:
+            if flight.stop.value and self.world_size == 1 and not group.failure:
                 group.clear()  # nobody else has a part in what it left behind
-        self._stream = stream
-        if target.synchronous:
-            self._raise_failure()
-            if ended_early:
-                raise CommError("The call was ended before it was done.")
+        self._raise_failure()
+        if flight.stop.value:
+            raise CommError("The call was ended before it was done.")
 
     @contextmanager
-    def launching(self) -> Iterator[np.ndarray[Any, Any]]:
+    def launching(self) -> Iterator[ctypes.c_uint32]:
         """Around a launch that no peer waits for; yields what ends it early.
 
         Raises:
@@ -333,7 +337,7 @@ class Communicator:
             yield flight.stop
         finally:
             self._group.launches.discard(flight)
-        if flight.stop[0]:
+        if flight.stop.value:
             self._raise_failure()
             raise CommError("The call was ended before it was done.")
 

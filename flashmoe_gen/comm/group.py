@@ -35,8 +35,10 @@ class Launch:
         stop: not 0: a synchronous target ends the launch early.
     """
 
+    __slots__ = ("__weakref__", "stop")
+
     def __init__(self) -> None:
-        self.stop = np.zeros(1, np.uint32)
+        self.stop = ctypes.c_uint32()
 
 
 class MovedError(Exception):
@@ -138,7 +140,7 @@ class Group:
         with self.lock:
             self.failure = self.failure or why
             for launch in list(self.launches):
-                launch.stop[0] = 1
+                launch.stop.value = 1
             if self.target is not None:
                 self.target.interrupt([heap.pointer + _ABORTED_AT for heap in self.heaps])
             self.changed.notify_all()
@@ -151,33 +153,40 @@ class Group:
             self.launches.add(made)
             return made
 
-    def begin(self, rank: int, called: Any, generation: int) -> Launch:
+    def begin(self, rank: int, called: Any, generation: int, launch: Launch | None) -> None:
         """Begin a rank's next call, in which every rank must call the same (``called``: layer and placement).
+
+        ``launch`` is what the caller will be in until it has ended; ``None`` where a launch ends by itself.
 
         Raises:
             MovedError: ``generation`` is over: pack the arguments again.
             CommError: the group has failed, a peer has refused this call or calls something else, or its arguments are wrong.
         """
         with self.lock:
-            self.require_sound()
+            if self.closed or self.failure:
+                self.require_sound()
             if generation != self.generation:
                 raise MovedError
-            self.require_peers(rank)
-            number = self.begun[rank]
-            first, expected, count = self.turns.pop(number, (rank, called, 0))
-            if expected != called:
-                self.fail(
-                    f"rank {rank} calls its layer {called[0]} where rank {first} calls its layer {expected[0]}."
-                    if expected[0] != called[0]
-                    else f"rank {rank} and rank {first} call their layer {called[0]} with different placements."
-                )
-                self.require_sound()
-            launch = self.launch()
-            if count + 1 < self.world_size:
-                self.turns[number] = (first, expected, count + 1)
-            self.begun[rank] = number + 1
-            self.refused.pop(rank, None)
-            return launch
+            if self.world_size > 1:
+                self._join(rank, called)
+            if launch is not None:
+                self.launches.add(launch)
+            self.begun[rank] += 1
+
+    def _join(self, rank: int, called: Any) -> None:
+        self.require_peers(rank)
+        number = self.begun[rank]
+        first, expected, count = self.turns.pop(number, (rank, called, 0))
+        if expected != called:
+            self.fail(
+                f"rank {rank} calls its layer {called[0]} where rank {first} calls its layer {expected[0]}."
+                if expected[0] != called[0]
+                else f"rank {rank} and rank {first} call their layer {called[0]} with different placements."
+            )
+            self.require_sound()
+        if count + 1 < self.world_size:
+            self.turns[number] = (first, expected, count + 1)
+        self.refused.pop(rank, None)
 
     def require_peers(self, rank: int) -> None:
         """Raise if a peer has refused the call that this rank is about to begin."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import logging
@@ -286,7 +287,7 @@ class CudaTarget:
         workers: int,
         stream: Any,
         prepared: tuple[Any, ...] = (),
-        stop: np.ndarray[Any, Any] | None = None,
+        stop: ctypes.c_uint32 | None = None,
     ) -> None:
         kernel.function((workers,), (kernel.threads,), (args[0], *prepared), kernel.shared_bytes, stream, kernel.cooperative)
 

@@ -170,28 +170,28 @@ class HostTarget:
         workers: int,
         stream: Any,
         prepared: tuple[Any, ...] = (),
-        stop: np.ndarray[Any, Any] | None = None,
+        stop: ctypes.c_uint32 | None = None,
     ) -> None:
-        """Run the kernel to its end, or until ``stop[0]`` is set; an interrupt (Ctrl-C) sets it.
+        """Run the kernel to its end, or until ``stop`` is set; an interrupt (Ctrl-C) sets it.
 
         Raises:
             FlashMoEError: the system refused to start that many threads; nothing ran.
         """
-        stop = np.zeros(1, np.uint32) if stop is None else stop
+        stop = ctypes.c_uint32() if stop is None else stop
         launcher = _launcher()
         run = launcher.flashmoe_new_run()
         if not run:
             raise FlashMoEError(f"{kernel.compiled.name} cannot be started: this machine has no memory left.")
         ended = False
         try:
-            if launcher.flashmoe_start(run, kernel.entry, args.ctypes.data, workers, stop.ctypes.data) != 0:
+            if launcher.flashmoe_start(run, kernel.entry, args.ctypes.data, workers, ctypes.byref(stop)) != 0:
                 ended = True
                 raise FlashMoEError(f"{kernel.compiled.name} needs {workers} threads; the system refused to start them.")
             while not ended:  # between two waits Python runs its signal handlers
                 ended = launcher.flashmoe_wait(run, _WAIT_MS)
         finally:
             if not ended:
-                stop[0] = 1
+                stop.value = 1
             launcher.flashmoe_end_run(run)  # in one step: its threads use memory that is about to go, whatever signals come
 
     def interrupt(self, aborted: Sequence[int]) -> None:

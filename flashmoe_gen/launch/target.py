@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -152,9 +153,9 @@ class Target(Protocol):
         workers: int,
         stream: Any,
         prepared: tuple[Any, ...] = (),
-        stop: np.ndarray[Any, Any] | None = None,
+        stop: ctypes.c_uint32 | None = None,
     ) -> None:
-        """Launch with one packed argument struct. A synchronous target ends the launch early when ``stop[0]`` is set."""
+        """Launch with one packed argument struct. A synchronous target ends the launch early when ``stop`` is set."""
 
     def interrupt(self, aborted: Sequence[int]) -> None:
         """Set the words at these addresses, in memory of the target, while kernels that look at them run."""
