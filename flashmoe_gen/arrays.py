@@ -158,10 +158,11 @@ def _kind(array: Any) -> str:
 
 
 def _cupy_view(array: Any, name: str) -> View:
-    if not hasattr(array, "data") or not hasattr(array, "strides"):
-        raise SpecError(f"{name} is a {_kind(array)}, without one block of memory. Pass a cupy.ndarray.")
-    size = array.dtype.itemsize
-    strides = tuple([stride // size for stride in array.strides])
+    try:
+        size = array.dtype.itemsize
+        strides = tuple([stride // size for stride in array.strides])
+    except AttributeError:  # a sparse matrix
+        raise SpecError(f"{name} is a {_kind(array)}, without one block of memory. Pass a cupy.ndarray.") from None
     return View(int(array.data.ptr), array.shape, strides, _name_of(array.dtype), "", f"cuda:{array.data.device_id}", array)
 
 
@@ -333,7 +334,12 @@ def is_torch_int64(array: Any) -> bool:
 
 
 def _library(array: Any) -> str:
+    return _library_of(type(array))  # type: ignore[arg-type]
+
+
+@functools.lru_cache
+def _library_of(kind: type) -> str:
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):  # a subclass may be defined anywhere
+    if torch is not None and issubclass(kind, torch.Tensor):  # a subclass may be defined anywhere
         return "torch"
-    return type(array).__module__.partition(".")[0]
+    return kind.__module__.partition(".")[0]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,8 +24,7 @@ _AT = {name: int(place[1]) for name, place in (MOE_ARGS.dtype.fields or {}).item
 assert tuple(MOE_ARGS.dtype.names or ())[:5] == _ARRAYS and _AT["num_tokens"] == 32
 
 
-@dataclass(frozen=True)
-class PackedCall:
+class PackedCall(NamedTuple):
     """The arguments of one call.
 
     Attributes:

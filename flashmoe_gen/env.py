@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import platformdirs
@@ -67,7 +68,12 @@ def cache_trust() -> str:
 
 def timeout_s() -> float:
     """``FLASHMOE_TIMEOUT_S``: deadline of a wait inside a kernel, in seconds; 0 turns it off."""
-    text = os.environ.get("FLASHMOE_TIMEOUT_S", "").strip() or "60"
+    return _seconds(os.environ.get("FLASHMOE_TIMEOUT_S", "60"))
+
+
+@lru_cache(maxsize=8)  # every call asks
+def _seconds(text: str) -> float:
+    text = text.strip() or "60"
     try:
         value = float(text)
     except ValueError:
