@@ -39,8 +39,9 @@ def main() -> None:
         layer._target.launch(layer._kernel, packed.args, layer._workers, stream, packed.prepared)
 
     def spin() -> None:
-        for _ in range(1000):
-            pass
+        total = 0
+        for number in range(1000):
+            total += number
 
     pack = cost(lambda: layer._pack(*case, experts, out, None))
     print("call", cost(lambda: layer(*case, experts, out=out)), "pack", pack, "launch", cost(launch), "spin", cost(spin))
