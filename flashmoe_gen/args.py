@@ -72,8 +72,8 @@ READY_BLOCK = _struct(
     "ReadyBlock",
     ("expert_slot", "u32", "local expert"),
     ("first_row", "u32", "among the expert's rows of all sources"),
-    ("rows", "u32", "of the M-block, or of a whole group of them; 0: there is none"),
-    ("unit", "u32", "number of the (first) M-block in the order of the queue"),
+    ("rows", "u32", "of the M-block, or of a whole panel of them; 0: there is none"),
+    ("serial", "u32", "number of the (first) M-block in the order of the queue"),
 )
 CONTROL = _struct(
     "Control",
@@ -191,9 +191,9 @@ MOE_ARGS = _struct(
     ("planner_counts", "u32*", "workspace from here on: [planner][E]"),
     ("route_target", "int*", "[tokens, k] owner << 8 | return slot, -1: not live"),
     ("segments", "Segment*", "[source][E_local]"),
-    ("ready", "ReadyBlock*", "[groups] in the order they entered the queue"),
-    ("entries", "ReadyBlock*", "[2 * groups][2] the queue: whose GEMM1, and whose GEMM2, an entry hands out"),
-    ("appended", "u32*", "[groups, by expert] epoch of the call that appended it"),
+    ("ready", "ReadyBlock*", "[panels] in the order they entered the queue"),
+    ("entries", "ReadyBlock*", "[2 * panels][2] the queue: whose GEMM1, and whose GEMM2, an entry hands out"),
+    ("appended", "u32*", "[panels, by expert] epoch of the call that appended it"),
     ("ring", "Element*", "[ring_slots, kBlockM, I] intermediate"),
     ("staged_rows", "Element*", "[source][staged_stride][H], combine by rank only"),
     ("counter_sets", "u32*", "two sets of set_words"),
@@ -217,7 +217,7 @@ MOE_ARGS = _struct(
     ("return_slots", "int", "rows that can come back per token"),
     ("ring_slots", "int", "M-blocks of intermediate that fit the ring"),
     ("lag", "int", "M-blocks whose GEMM1 come between a GEMM1 and its GEMM2 in the task order"),
-    ("max_group", "int", "most M-blocks of a group"),
+    ("max_panel", "int", "most M-blocks of a panel"),
     ("trace_events", "int", "room per track"),
     ("delay_ns", "int", "longest random delay before something is published"),
 )

@@ -12,7 +12,7 @@ from .values import require_counts
 
 _ALIGN = 256
 _L2_SHARE = 32 << 20  # bytes of one expert's weights that neighbouring M-blocks find in a GPU's L2: measured on H100
-_GROUP = 8
+_PANEL = 8
 COUNT_STRIDE = MAX_EXPERTS + 1  # a source's tokens, then rows per expert slot
 COUNTER_WORDS = 8 + MAX_WORLD_SIZE  # struct Counters
 
@@ -157,8 +157,8 @@ class WorkspaceLayout:
         matrices = 3 if spec.mlp == "gated" else 2
         expert_bytes = matrices * spec.hidden_size * spec.intermediate_size * size
         cluster = tile.cluster
-        max_group = tile.group or (_GROUP if expert_bytes > _L2_SHARE else 1)
-        max_group = _ceil(max_group, cluster) * cluster
+        max_panel = tile.group or (_PANEL if expert_bytes > _L2_SHARE else 1)
+        max_panel = _ceil(max_panel, cluster) * cluster
         blocks = rows // tile.block_m + cluster * min(local_experts, rows)  # the rest of an expert's rows may be a whole claim
         by_rank = combine == "rank"
         # Processors hold two tickets each, the running and the next one: a GEMM2 that follows its GEMM1 by fewer tasks than
@@ -166,11 +166,11 @@ class WorkspaceLayout:
         in_flight, tiles = 2 * processors * cluster, plan.gemm1_tiles + plan.gemm2_tiles
         lag = _ceil(in_flight + plan.gemm2_tiles, tiles) if tile.lag is None else tile.lag
         between = lag * tiles - plan.gemm2_tiles
-        # As the scheduler has it for full groups. Where they hold fewer M-blocks it keeps more of them, in no more slots.
-        group_lag = _ceil(_ceil(between, max_group) + plan.gemm2_tiles, tiles) if lag else 0
-        ring_slots = max(lag + _ceil(in_flight, plan.gemm1_tiles) + 1, (group_lag + 2) * max_group)
+        # As the scheduler has it for full panels. Where they hold fewer M-blocks it keeps more of them, in no more slots.
+        panel_lag = _ceil(_ceil(between, max_panel) + plan.gemm2_tiles, tiles) if lag else 0
+        ring_slots = max(lag + _ceil(in_flight, plan.gemm1_tiles) + 1, (panel_lag + 2) * max_panel)
         ring_slots = max(cluster, min(blocks, ring_slots))
-        max_group = max(cluster, min(max_group, ring_slots // 2 // cluster * cluster))
+        max_panel = max(cluster, min(max_panel, ring_slots // 2 // cluster * cluster))
         column_bits_at = COUNTER_WORDS
         gemm2_done_at = column_bits_at + blocks * plan.column_words
         routes_done_at = gemm2_done_at + blocks
@@ -178,7 +178,7 @@ class WorkspaceLayout:
         require_counts(
             f"max_tokens={spec.max_tokens} with top_k={spec.top_k} on world_size={spec.world_size} ranks",
             rows=rows,
-            tasks=2 * (rows // tile.block_m + local_experts * max_group) * tiles,
+            tasks=2 * (rows // tile.block_m + local_experts * max_panel) * tiles,
             counter_words=set_words,
         )
         parts = [
@@ -203,7 +203,7 @@ class WorkspaceLayout:
             "routes_done_at": routes_done_at,
             "ring_slots": ring_slots,
             "lag": lag,
-            "max_group": max_group,
+            "max_panel": max_panel,
             "staged_stride": per_source,
             "trace_events": trace_events,
         }

@@ -12,7 +12,7 @@ DEVICE void zero_padding(Acc* row, int k) {
 
 // A tile of the intermediate: gate and up of one column are one pair.
 DEVICE void gemm1_tile(const Call& call, const Task& task, TileScratch& scratch) {
-  const Span span(call, Work::gemm1, true, task.issue, task.column);
+  const Span span(call, Work::gemm1, true, task.serial, task.column);
   const MoEArgs& args = call.args;
   const int rows = int(task.block.rows);
   constexpr int kPadded = padded(kHidden);
@@ -40,7 +40,7 @@ DEVICE void gemm1_tile(const Call& call, const Task& task, TileScratch& scratch)
     }
     for (int r = 0; r < rows; ++r) {
       const Acc weight = Acc(scratch.refs[r].entry.weight);
-      intermediate_row(call, task.issue, r)[n] =
+      intermediate_row(call, task.serial, r)[n] =
           from_acc(intermediate_element(scratch.sums[r * 2], scratch.sums[r * 2 + 1], gate_bias, up_bias, weight));
     }
   }
@@ -49,14 +49,14 @@ DEVICE void gemm1_tile(const Call& call, const Task& task, TileScratch& scratch)
 
 // A tile of the expert's result, two columns at a time. False when the call is aborted.
 DEVICE bool gemm2_tile(const Call& call, const Task& task, TileScratch& scratch) {
-  const Span span(call, Work::gemm2, true, task.issue, task.column);
+  const Span span(call, Work::gemm2, true, task.serial, task.column);
   const MoEArgs& args = call.args;
   const int rows = int(task.block.rows);
   constexpr int kPadded = padded(kIntermediate);
   for (int begin = 0; begin < kIntermediate; begin += kPartColumns) {
-    if (!wait_gemm1(call, task.issue, u32(begin / kPartColumns))) return false;
+    if (!wait_gemm1(call, task.serial, u32(begin / kPartColumns))) return false;
     const int end = begin + kPartColumns < kIntermediate ? begin + kPartColumns : kIntermediate;
-    for (int r = 0; r < rows; ++r) convert_row(&scratch.rows[r * kPadded], intermediate_row(call, task.issue, r), begin, end);
+    for (int r = 0; r < rows; ++r) convert_row(&scratch.rows[r * kPadded], intermediate_row(call, task.serial, r), begin, end);
   }
   for (int r = 0; r < rows; ++r) {
     zero_padding(&scratch.rows[r * kPadded], kIntermediate);

@@ -11,7 +11,7 @@ struct Counters {  // local to the rank; two sets, call n clears the set of call
   u32 planners_listed;
   u32 dispatch_ticket;
   u32 task_ticket;
-  u64 queue;  // published entries; above them the M-blocks of a group, and kClosed with the last entry
+  u64 queue;  // published entries; above them the M-blocks of a panel, and kClosed with the last entry
   u32 combine_ticket;
   u32 left;
   u32 arrived[kMaxWorldSize];  // per source: leading dispatch chunks that are here, kAllChunks when all are
@@ -32,8 +32,8 @@ struct Call {
   u32* next_set;  // the ones to clear
 
   DEVICE Counters& counters() const { return *reinterpret_cast<Counters*>(set); }
-  DEVICE u32* column_bits(u32 issue) const { return set + args.column_bits_at + u64(issue) * kColumnWords; }
-  DEVICE u32* gemm2_done(u32 issue) const { return set + args.gemm2_done_at + issue; }
+  DEVICE u32* column_bits(u32 serial) const { return set + args.column_bits_at + u64(serial) * kColumnWords; }
+  DEVICE u32* gemm2_done(u32 serial) const { return set + args.gemm2_done_at + serial; }
   DEVICE u32* routes_done(int source, int token) const {
     return set + args.routes_done_at + u64(source) * args.max_tokens + token;
   }

@@ -15,9 +15,9 @@ struct Sum {
   DEVICE void clear() {
     for (int i = 0; i < kVector; ++i) value[i] = Acc(0);
   }
-  DEVICE void add(Acc weight, const Vector& part) {
+  DEVICE void add(Acc weight, const Vector& vector) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) value[i] = fma_of(weight, to_acc(part.element[i]), value[i]);
+    for (int i = 0; i < kVector; ++i) value[i] = fma_of(weight, to_acc(vector.element[i]), value[i]);
   }
   DEVICE Vector rounded() const {
     Vector out;
@@ -39,13 +39,13 @@ struct WeightedRows {
     sum.clear();
 #pragma unroll
     for (int start = 0; start < kTopK; start += kBatch) {
-      Packed part[kBatch];
+      Packed packed[kBatch];
 #pragma unroll
       for (int j = start; j < start + kBatch && j < kTopK; ++j)
-        if (row[j] >= 0) part[j - start] = *reinterpret_cast<const Packed*>(matrix + u64(row[j]) * kHidden + column);
+        if (row[j] >= 0) packed[j - start] = *reinterpret_cast<const Packed*>(matrix + u64(row[j]) * kHidden + column);
 #pragma unroll
       for (int j = start; j < start + kBatch && j < kTopK; ++j)
-        if (row[j] >= 0) sum.add(weight[j], unpacked(part[j - start]));
+        if (row[j] >= 0) sum.add(weight[j], unpacked(packed[j - start]));
     }
     return sum.rounded();
   }
@@ -78,7 +78,7 @@ DEVICE void return_sum(Group& group, const Call& call, int source, int token, in
 // The finisher of an M-block: publish its rows [first, last) to their sources. Pairs with wait_returns().
 template <class Group>
 DEVICE void return_rows(Group& group, const Call& call, const ReadyBlock& block, int first, int last) {
-  const Span span(call, Work::return_rows, group.lane == 0, block.unit);
+  const Span span(call, Work::return_rows, group.lane == 0, block.serial);
   delay(call);
   const MoEArgs& args = call.args;
   if (!args.combine_by_rank) {

@@ -10,7 +10,7 @@ enum class Share : unsigned char {
 
 struct Task {
   TaskKind kind;
-  u32 issue;   // which M-block, in the order of the queue
+  u32 serial;  // of its first M-block
   u32 column;  // tile
   bool once;   // no other claim reads its weight tile
   Share share;
@@ -25,11 +25,11 @@ static_assert(sizeof(Task) == 32);
 
 // What a ticket stands for, once the scheduler has published its entry: a column tile of kCluster neighbouring M-blocks, in
 // one Task that has the rows of all; where one M-block has all rows, a column tile or kCluster of them. False when it stands
-// for nothing: the group has no such M-blocks, or an earlier ticket has this tile. TaskKind::closed when no more tasks come.
+// for nothing: the panel has no such M-blocks, or an earlier ticket has this tile. TaskKind::closed when no more tasks come.
 DEVICE bool wait_ready(const Call& call, u32 ticket, Task& task) {
   task = Task{TaskKind::closed, 0, 0, false, Share::rows, 0, {}};
   constexpr u32 kTiles = kGemm1Tiles + kGemm2Tiles;
-  u32 claims = 1, index = 0;  // of a column of the group
+  u32 claims = 1, index = 0;  // of a column of the panel
   bool exists = false;
   const bool waited = wait_until(
       call, Await::task, ticket, u64(ticket), [&] { return load_acquire<Scope::device>(&call.counters().queue); },
@@ -40,23 +40,23 @@ DEVICE bool wait_ready(const Call& call, u32 ticket, Task& task) {
         return exists || (queue & kClosed) != 0;
       });
   if (!waited || !exists) return true;
-  const u32 part = ticket - index * claims * kTiles;
-  const u32 column = part / claims, member = part % claims * kCluster;  // the group's M-blocks follow each other: one weight tile
+  const u32 offset = ticket - index * claims * kTiles;
+  const u32 column = offset / claims, block = offset % claims * kCluster;  // the panel's M-blocks follow each other: one weight tile
   const bool second = column >= u32(kGemm1Tiles);
   const ReadyBlock whole = call.args.entries[2 * u64(index) + second];
-  const u32 first_row = whole.first_row + member * kBlockM;
-  if (member * kBlockM >= whole.rows) return false;
+  const u32 first_row = whole.first_row + block * kBlockM;
+  if (block * kBlockM >= whole.rows) return false;
   constexpr u32 kMost = kCluster * kBlockM;
-  const u32 rest = whole.rows - member * kBlockM;
+  const u32 rest = whole.rows - block * kBlockM;
   task.kind = second ? TaskKind::gemm2 : TaskKind::gemm1;
-  task.issue = whole.unit + member;
+  task.serial = whole.serial + block;
   task.column = second ? column - kGemm1Tiles : column;
   task.once = first_row == 0 && rest < kMost;
   // With the first rows of an expert weights come from memory: the more loads are small, the better they keep it busy. With the
   // last of many they come from L2, as fast as a block can take them: the fewer tasks the better.
   if (kCluster > 1 && rest <= u32(kBlockM))
     task.share = first_row == 0 && rest <= u32(kSplitRows) ? Share::columns : Share::tiles;
-  task.block = ReadyBlock{whole.expert_slot, first_row, rest < kMost ? rest : kMost, task.issue};
+  task.block = ReadyBlock{whole.expert_slot, first_row, rest < kMost ? rest : kMost, task.serial};
   return task.share != Share::tiles || task.column % kCluster == 0;
 }
 
@@ -80,9 +80,9 @@ DEVICE Task share_of(Task task, u32 member) {
     if (task.column >= u32(task.kind == TaskKind::gemm1 ? kGemm1Tiles : kGemm2Tiles)) task.block.rows = 0;
   } else {
     const u32 share = (rows + kCluster - 1) / kCluster, rest = rows - member * share;
-    task.issue += member;
+    task.serial += member;
     task.block = ReadyBlock{
-        task.block.expert_slot, task.block.first_row + member * share, rest < share ? rest : share, task.issue};
+        task.block.expert_slot, task.block.first_row + member * share, rest < share ? rest : share, task.serial};
   }
   return task;
 }
@@ -92,12 +92,12 @@ DEVICE void publish_gemm1(const Call& call, const Task& task) {
   delay(call);
   const u32 at = task.column * kCluster;
   const u32 bits = task.share == Share::columns ? 1u << task.part : (1u << kCluster) - 1;
-  fetch_or_release(call.column_bits(task.issue) + at / 32, bits << at % 32);
+  fetch_or_release(call.column_bits(task.serial) + at / 32, bits << at % 32);
 }
 
 // GEMM2's k loop polls only for the part of a GEMM1 tile whose columns it reads next.
-DEVICE bool wait_gemm1(const Call& call, u32 issue, u32 part) {
-  const u32* word = call.column_bits(issue) + part / 32;
+DEVICE bool wait_gemm1(const Call& call, u32 serial, u32 part) {
+  const u32* word = call.column_bits(serial) + part / 32;
   const u32 bit = 1u << part % 32;
   return wait_until(
       call, Await::gemm1, part, bit, [&] { return u64(load_acquire<Scope::device>(word)); },
@@ -108,5 +108,5 @@ DEVICE bool wait_gemm1(const Call& call, u32 issue, u32 part) {
 DEVICE bool publish_gemm2(const Call& call, const Task& task) {
   delay(call);
   const u32 parts = task.share == Share::columns ? 1 : kCluster;
-  return fetch_add_acq_rel(call.gemm2_done(task.issue), parts) + parts == u32(kGemm2Parts);
+  return fetch_add_acq_rel(call.gemm2_done(task.serial), parts) + parts == u32(kGemm2Parts);
 }

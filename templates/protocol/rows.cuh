@@ -32,9 +32,9 @@ DEVICE Run find_run(const Call& call, u32 expert_slot, u32 position) {
   int distance = 0;
   while (true) {
     const int source = source_at(call.args, distance);
-    const Segment part = segment(call, source, expert_slot);
-    if (position < part.rows) return Run{source, part.first + position, part.rows - position};
-    position -= part.rows;
+    const Segment theirs = segment(call, source, expert_slot);
+    if (position < theirs.rows) return Run{source, theirs.first + position, theirs.rows - position};
+    position -= theirs.rows;
     ++distance;
   }
 }
@@ -81,6 +81,6 @@ DEVICE Element* output_row(const Call& call, const Row& row) {
   return call.return_row(row.source, row.token(), row.slot());
 }
 
-DEVICE Element* intermediate_row(const Call& call, u32 issue, int row) {
-  return call.args.ring + (u64(issue % u32(call.args.ring_slots)) * kBlockM + row) * kIntermediate;
+DEVICE Element* intermediate_row(const Call& call, u32 serial, int row) {
+  return call.args.ring + (u64(serial % u32(call.args.ring_slots)) * kBlockM + row) * kIntermediate;
 }

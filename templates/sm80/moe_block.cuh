@@ -27,7 +27,7 @@ DEVICE void hand_over_slot(u32 barrier, u32 side) {
 }
 
 DEVICE void look_up_rows(const WarpGroup& warp, const Call& call, const Task& task, TaskSlot& slot) {
-  const Span span(call, Work::resolve, warp.lane == 0, task.issue, task.column);
+  const Span span(call, Work::resolve, warp.lane == 0, task.serial, task.column);
   each_row(warp, call, task.block, 0, int(task.block.rows), [&](int r, const Row& row) {
     slot.row[r] = task.kind == TaskKind::gemm1 ? input_row(call, row) : output_row(call, row);
     slot.weight[r] = row.entry.weight;

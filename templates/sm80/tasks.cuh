@@ -39,8 +39,8 @@ struct Staging {
     for (int i = int(thread_index()); i < rows * kVectors; i += kMmaThreads) {
       const int row = i / kVectors, column = i % kVectors * kVector;
       if (first + column >= kWidth) continue;
-      const uint4 part = *reinterpret_cast<const uint4*>(bytes + row * kStride + column * int(sizeof(Element)));
-      *reinterpret_cast<uint4*>(to(row) + first + column) = part;
+      const uint4 vector = *reinterpret_cast<const uint4*>(bytes + row * kStride + column * int(sizeof(Element)));
+      *reinterpret_cast<uint4*>(to(row) + first + column) = vector;
     }
   }
 };
@@ -99,7 +99,7 @@ DEVICE void gemm1_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums
 DEVICE void gemm1_tile(const Call& call, const TaskSlot& slot, char* work) {
   const MoEArgs& args = call.args;
   const Task task = slot.task;
-  const Span span(call, Work::gemm1, threadIdx.x == 0, task.issue, task.column);
+  const Span span(call, Work::gemm1, threadIdx.x == 0, task.serial, task.column);
   const int rows = int(task.block.rows);
   const int first = int(task.column) * kIntermediateColumns;
   const RowLoader row_loader(args.x, [&](int r) { return r < rows ? slot.row[r] : nullptr; });
@@ -109,7 +109,7 @@ DEVICE void gemm1_tile(const Call& call, const TaskSlot& slot, char* work) {
   const Staging<kIntermediateColumns> staging{work};
   gemm1_epilogue(args, slot, sums, staging);
   sync_mma();
-  Element* const block = intermediate_row(call, task.issue, 0);
+  Element* const block = intermediate_row(call, task.serial, 0);
   staging.store<kIntermediate>(rows, first, [&](int r) { return block + r * kIntermediate; });
   sync_mma();  // everyone's stores are before the release in publish_gemm1()
   if (threadIdx.x == 0) publish_gemm1(call, task);
@@ -144,14 +144,14 @@ DEVICE void gemm2_epilogue(const MoEArgs& args, const Task& task, const float* w
 DEVICE void gemm2_tile(const Call& call, const TaskSlot& slot, char* work) {
   const MoEArgs& args = call.args;
   const Task task = slot.task;
-  const Span span(call, Work::gemm2, threadIdx.x == 0, task.issue, task.column);
+  const Span span(call, Work::gemm2, threadIdx.x == 0, task.serial, task.column);
   const int rows = int(task.block.rows);
   const int first = int(task.column) * kBlockN;
-  const Element* const block = intermediate_row(call, task.issue, 0);
+  const Element* const block = intermediate_row(call, task.serial, 0);
   const RowLoader row_loader(block, [&](int r) { return r < rows ? block + r * kIntermediate : nullptr; });
   const WeightLoader column_loader(args.down + task.block.expert_slot * args.down_expert_stride, args.down_row_stride,
                                    first + int(loader_row()), kRowsPerPass, kHidden);
-  FinishedTiles finished{call, task.issue};
+  FinishedTiles finished{call, task.serial};
   Sums sums;
   multiply_tile<kIntermediate>(sums, row_loader, column_loader, shared_address(work), [&](int step) {
     const int begin = step * kBlockK, end = begin + kBlockK < kIntermediate ? begin + kBlockK : kIntermediate;

@@ -45,11 +45,11 @@ DEVICE void init_barriers(BlockState& state, const Pipeline& pipeline) {
 }
 
 DEVICE void look_up_rows(const WarpGroup& warp, const Call& call, const Task& task, TaskSlot& slot) {
-  const Span span(call, Work::resolve, warp.lane == 0, task.issue, task.column);
+  const Span span(call, Work::resolve, warp.lane == 0, task.serial, task.column);
   const int rows = int(task.block.rows);
   each_row(warp, call, task.block, 0, rows, [&](int r, const Row& row) {
     if (task.kind == TaskKind::gemm1) slot.from[r] = input_row(call, row);
-    slot.to[r] = task.kind == TaskKind::gemm1 ? intermediate_row(call, task.issue, r) : output_row(call, row);
+    slot.to[r] = task.kind == TaskKind::gemm1 ? intermediate_row(call, task.serial, r) : output_row(call, row);
     slot.weight[r] = row.entry.weight;
   });
 }

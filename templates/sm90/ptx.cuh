@@ -22,10 +22,10 @@ DEVICE bool mbarrier_try_wait_parity(u32 barrier, u32 parity) {
   return done != 0;
 }
 
-// The same between the blocks of a cluster: mapa turns an address of this block into that of block `rank`.
-DEVICE u32 mapa(u32 address, u32 rank) {
+// The same between the blocks of a cluster: mapa turns an address of this block into that of `block`.
+DEVICE u32 mapa(u32 address, u32 block) {
   u32 there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
   return there;
 }
 DEVICE void mbarrier_arrive_release_cluster(u32 barrier) {  // waits for this thread's stores everywhere: about a microsecond

@@ -4,7 +4,7 @@ constexpr int kSharedBytes = ${plan.shared_bytes};
 
 // One lane of each consumer warpgroup records what the warpgroup does; a member past the last tile does nothing.
 DEVICE Span span_of(const Call& call, Work work, const Task& task) {
-  return Span(call, work, threadIdx.x % 128 == 0 && task.block.rows != 0, task.issue, task.column);
+  return Span(call, work, threadIdx.x % 128 == 0 && task.block.rows != 0, task.serial, task.column);
 }
 
 // In a trace, the wait for the first stage of a task stands apart from its products.
@@ -26,11 +26,11 @@ struct Patch {
     *reinterpret_cast<Pair*>(bytes + row * kStride + column * int(sizeof(Element))) = pair;
   }
   // A lane reads one vector of every kStep-th row.
-  static constexpr int kVectors = kColumns / kVector, kStep = 32 / kVectors, kParts = 16 / kStep;
-  DEVICE static int row(int part) { return int(threadIdx.x % 32) / kVectors + part * kStep; }
+  static constexpr int kVectors = kColumns / kVector, kStep = 32 / kVectors, kLaneVectors = 16 / kStep;
+  DEVICE static int row(int i) { return int(threadIdx.x % 32) / kVectors + i * kStep; }
   DEVICE static int column() { return int(threadIdx.x % 32) % kVectors * kVector; }
 
-  DEVICE uint4 part(int i) const {
+  DEVICE uint4 vector(int i) const {
     return *reinterpret_cast<const uint4*>(bytes + row(i) * kStride + column() * int(sizeof(Element)));
   }
 
@@ -74,9 +74,9 @@ DEVICE void store_tile(
     const Patch& patch, const TaskSlot& slot, int first, const Biases* biases, MakePair make_pair) {
   const int rows = int(slot.task.block.rows) - first_row();
   const int lane = int(threadIdx.x % 32);
-  Element* to[Patch::kParts];  // read before the first store: the compiler cannot know that none changes them
+  Element* to[Patch::kLaneVectors];  // read before the first store: the compiler cannot know that none changes them
 #pragma unroll
-  for (int i = 0; i < Patch::kParts; ++i) to[i] = slot.to[first_row() + Patch::row(i)] + first + Patch::column();
+  for (int i = 0; i < Patch::kLaneVectors; ++i) to[i] = slot.to[first_row() + Patch::row(i)] + first + Patch::column();
 #pragma unroll
   for (int piece = 0; piece < kColumns; piece += Patch::kColumns) {
     if constexpr (kBias) {
@@ -93,14 +93,14 @@ DEVICE void store_tile(
                   make_pair(piece + column + lane % 4 * 2, (piece + column) / 2 + half * 2, half));
     }
     __syncwarp();
-    uint4 part[Patch::kParts];
+    uint4 vector[Patch::kLaneVectors];
 #pragma unroll
-    for (int i = 0; i < Patch::kParts; ++i) part[i] = patch.part(i);
+    for (int i = 0; i < Patch::kLaneVectors; ++i) vector[i] = patch.vector(i);
     __syncwarp();
     const bool inside = first + piece + Patch::column() < kWidth;
 #pragma unroll
-    for (int i = 0; i < Patch::kParts; ++i)
-      if (inside && Patch::row(i) < rows) *reinterpret_cast<uint4*>(to[i] + piece) = part[i];
+    for (int i = 0; i < Patch::kLaneVectors; ++i)
+      if (inside && Patch::row(i) < rows) *reinterpret_cast<uint4*>(to[i] + piece) = vector[i];
   }
 }
 

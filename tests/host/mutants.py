@@ -41,7 +41,7 @@ MUTANTS = {
     ),
     "words not doubled by parity": ("return Call{args, epoch, epoch & 1,", "return Call{args, epoch, 0,"),
     "counters not cleared": ("call.next_set[i] = 0;", "(void)call.next_set;"),
-    "unpolled GEMM1 tile": ("if (!wait_gemm1(call, task.issue, u32(begin / kPartColumns))) return false;", ""),
+    "unpolled GEMM1 tile": ("if (!wait_gemm1(call, task.serial, u32(begin / kPartColumns))) return false;", ""),
     "part of a GEMM1 tile published as all of it": (
         "task.share == Share::columns ? 1u << task.part : (1u << kCluster) - 1;",
         "(1u << kCluster) - 1;",

@@ -61,7 +61,7 @@ class Scenario:
                 for layer in world.layers:
                     args = layer._pack.constant
                     args["ring_slots"] = min(ring_slots, int(args["ring_slots"][0]))
-                    args["max_group"] = min(int(args["max_group"][0]), max(1, ring_slots // 2))
+                    args["max_panel"] = min(int(args["max_panel"][0]), max(1, ring_slots // 2))
         self.calls = [
             [self._call(rank, n, count, seed) for n, count in enumerate(per_rank)] for rank, per_rank in enumerate(counts)
         ]

@@ -22,7 +22,7 @@ from flashmoe_gen.plan import plan_kernel
     cluster=st.sampled_from([1, 2]),
     processors=st.sampled_from([1, 2, 65, 131]),
 )
-def test_groups_fit_the_ring_and_the_queue(
+def test_panels_fit_the_ring_and_the_queue(
     max_tokens: int,
     top_k: int,
     world_size: int,
@@ -44,8 +44,8 @@ def test_groups_fit_the_ring_and_the_queue(
         processors=processors,
         planners=processors * cluster,
     )
-    most, ring = layout.sizes["max_group"], layout.sizes["ring_slots"]
-    assert most % cluster == 0 and cluster <= most <= ring, "a group that never fits would never be issued"
+    most, ring = layout.sizes["max_panel"], layout.sizes["ring_slots"]
+    assert most % cluster == 0 and cluster <= most <= ring, "a panel that never fits would never be issued"
     # The worst routing: as many experts as can be have one row, and one has the rest, whose last claim takes all it may.
     rows = max_tokens * top_k * world_size if local_experts else 0
     experts = min(local_experts, rows)
