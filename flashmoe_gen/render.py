@@ -132,7 +132,7 @@ def environment() -> jinja2.Environment:
 _PROTOCOL = [
     f"protocol/{part}.cuh"
     for part in (
-        "call", "trace", "delay", "scan", "planner", "dispatch", "subscriber", "rows", "scheduler", "processor", "combine",
+        "queue", "call", "trace", "delay", "scan", "planner", "dispatch", "subscriber", "rows", "scheduler", "processor", "combine",
         "leave",
     )
 ]  # fmt: skip

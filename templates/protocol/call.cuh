@@ -11,13 +11,12 @@ struct Counters {  // local to the rank; two sets, call n clears the set of call
   u32 planners_listed;
   u32 dispatch_ticket;
   u32 task_ticket;
-  u64 queue;  // published entries; above them the M-blocks of a panel, and kClosed with the last entry
+  u64 queue;  // queue_word()
   u32 combine_ticket;
   u32 left;
   u32 arrived[kMaxWorldSize];  // per source: leading dispatch chunks that are here, kAllChunks when all are
 };
 static_assert(sizeof(Counters) == 4 * (8 + kMaxWorldSize));  // where the launcher puts what follows
-constexpr u64 kClosed = u64(1) << 63;
 constexpr u32 kAllChunks = 0x7fffffffu;
 
 struct Call {

@@ -1,9 +1,7 @@
 // ---- Scheduler: appends work to the task queue as soon as nothing remote is missing for it -----------------------------
-// A panel is up to `panel` consecutive M-blocks of one expert; their tasks are ordered column by column, so that a weight
-// tile is read from memory once. The queue is a list of entries {GEMM1 panel, GEMM2 panel}; each has the tickets of
-// panel * (kGemm1Tiles + kGemm2Tiles) tasks, one for kCluster of them. A panel is appended when all its rows are here
-// and its M-blocks hold slots of the intermediate ring; its GEMM2 follows `lag` panels later, or at once when processors
-// wait for work. So a claimed task waits only for tasks with lower tickets, which run: no cycle.
+// A panel is appended when all its rows are here and its M-blocks hold slots of the intermediate ring; its GEMM2 follows
+// `lag` panels later, or at once when processors wait for work. So a claimed task waits only for tasks with lower tickets,
+// which run: no cycle.
 
 struct SchedulerScratch {  // local_experts words each
   u32* rows;         // per local expert, over all sources
@@ -102,28 +100,6 @@ struct Queue {
   bool all_here = false;  // all rows of all sources
 };
 
-// How many M-blocks share their weight tiles: as many as an active expert has on average, in whole claims.
-DEVICE u32 panel_size(u32 blocks, u32 active, u32 most) {
-  const u32 share = active == 0 ? 1 : (blocks + active - 1) / active;
-  const u32 whole = (share + kCluster - 1) / kCluster * kCluster;
-  return whole < most ? whole : most;
-}
-
-// M-blocks that so many rows of an expert take: kCluster for each claim, but one for a last claim that has no more rows.
-DEVICE u32 blocks_of(u32 rows) {
-  constexpr u32 kMost = kCluster * kBlockM;
-  const u32 rest = rows % kMost;
-  return rows / kMost * kCluster + (rest == 0 ? 0 : rest <= u32(kBlockM) ? 1 : kCluster);
-}
-
-// The lag in panels that have so many M-blocks: as many tasks between a GEMM1 and its GEMM2 as `lag` single M-blocks put there.
-DEVICE u32 panel_lag(u32 lag, u32 blocks) {
-  constexpr u32 kTiles = kGemm1Tiles + kGemm2Tiles;
-  if (lag == 0) return 0;
-  const u32 between = lag * kTiles - kGemm2Tiles;
-  return ((between + blocks - 1) / blocks + kGemm2Tiles + kTiles - 1) / kTiles;
-}
-
 // Append the ready ones of panels [base, base + group.size).
 template <class Group>
 DEVICE void append_ready(Group& group, const Call& call, const SchedulerScratch& scratch, Queue& queue, u32 base) {
@@ -164,8 +140,8 @@ DEVICE void publish_entries(Group& group, const Call& call, const Queue& queue, 
   const Span span(call, Work::append, group.lane == 0, queue.entries);
   group.sync();
   delay(call);
-  if (group.lane == 0)  // pairs with wait_ready() of the processors
-    store_release<Scope::device>(&call.counters().queue, u64(queue.panel) << 32 | queue.entries | (closed ? kClosed : 0));
+  if (group.lane == 0)  // pairs with wait_task() of the processors
+    store_release<Scope::device>(&call.counters().queue, queue_word(queue.entries, queue.panel, closed));
 }
 
 // How the M-blocks form panels; leaves first_panel as panel_at() reads it.
@@ -232,7 +208,7 @@ DEVICE void schedule(Group& group, const Call& call, const SchedulerScratch& scr
       append_second(group, call, queue, queue.issued);
       publish_entries(group, call, queue, false);
     } else if (queue.entries == before && queue.second < queue.issued) {
-      const u32 offered = queue.entries * (queue.panel / kCluster) * u32(kGemm1Tiles + kGemm2Tiles);  // tickets
+      const u32 offered = queue.entries * entry_tickets(queue.panel);
       const bool idle = group.broadcast(load_relaxed(&call.counters().task_ticket), 0) >= offered;
       if (idle) {
         append_second(group, call, queue, queue.second + 1);

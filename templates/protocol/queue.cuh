@@ -1,0 +1,120 @@
+// ---- The queue: which task a ticket stands for ------------------------------------------------------------------------
+// Numbers in, numbers out: nothing here reads memory or waits. The queue is a list of entries, each with a panel for every
+// phase. A panel is up to `panel` neighbouring M-blocks of one expert; a column tile of all of them comes before the next
+// tile, so that a weight tile is read from memory once. An entry has a ticket for every kCluster M-blocks of every tile.
+enum class TaskKind : u32 { gemm1, gemm2, closed };
+
+// How the members of a cluster share a claim.
+enum class Share : unsigned char {
+  rows,     // each has an M-block of its own: all multiply the same weights
+  columns,  // each has a part of the columns of the tile
+  tiles,    // each has a tile of its own, of neighbouring ones
+};
+
+struct Task {
+  TaskKind kind;
+  u32 serial;  // of its first M-block
+  u32 column;  // tile
+  bool once;   // no other claim reads its weight tile
+  Share share;
+  unsigned char part;  // of the columns of the tile, when they are shared
+  ReadyBlock block;    // no rows: there is nothing to do
+
+  // Where its columns begin and how many it has, when a whole tile has `width`.
+  DEVICE int first_column(int width) const { return int(column) * width + int(part) * (width / kCluster); }
+  DEVICE int columns(int width) const { return share == Share::columns ? width / kCluster : width; }
+};
+static_assert(sizeof(Task) == 32);
+
+// The queue's word: published entries; above them the M-blocks of a full panel, 0 until the first entry or the last; kClosed
+// when no entry follows.
+constexpr u64 kClosed = u64(1) << 63;
+DEVICE u64 queue_word(u32 entries, u32 panel, bool closed) { return u64(panel) << 32 | entries | (closed ? kClosed : 0); }
+
+constexpr u32 kPanelTiles = kGemm1Tiles + kGemm2Tiles;  // of an M-block, in all phases
+DEVICE u32 entry_tickets(u32 panel) { return panel / kCluster * kPanelTiles; }
+
+enum class Found { waiting, task, closed };  // an entry to come, one that is there, none
+
+struct Position {
+  Found found;
+  u32 entry;
+  TaskKind kind;  // the phase
+  u32 column;     // tile of the phase
+  u32 block;      // of the panel: the first of kCluster
+};
+
+DEVICE Position decode(u32 ticket, u64 queue) {
+  Position at{(queue & kClosed) != 0 ? Found::closed : Found::waiting, 0, TaskKind::closed, 0, 0};
+  const u32 claims = u32((queue & ~kClosed) >> 32) / kCluster;  // of a tile of the panel
+  if (claims == 0) return at;
+  at.entry = ticket / (claims * kPanelTiles);
+  if (at.entry >= u32(queue)) return at;
+  const u32 offset = ticket - at.entry * claims * kPanelTiles;
+  const u32 tile = offset / claims;
+  const bool second = tile >= u32(kGemm1Tiles);
+  at.found = Found::task;
+  at.kind = second ? TaskKind::gemm2 : TaskKind::gemm1;
+  at.column = second ? tile - kGemm1Tiles : tile;
+  at.block = offset % claims * kCluster;
+  return at;
+}
+
+// The task at a position whose entry has `panel` for that phase: a tile of kCluster M-blocks, in one Task that has the rows of
+// all; where one M-block has all rows, a tile or kCluster of them. Without rows when the panel has no such M-blocks or an earlier
+// ticket has this tile.
+DEVICE Task task_at(const Position& at, const ReadyBlock& panel) {
+  Task task{at.kind, panel.serial + at.block, at.column, false, Share::rows, 0, {}};
+  const u32 before = at.block * kBlockM;
+  if (before >= panel.rows) return task;
+  constexpr u32 kMost = kCluster * kBlockM;
+  const u32 first_row = panel.first_row + before, rest = panel.rows - before;
+  task.once = first_row == 0 && rest < kMost;
+  // With the first rows of an expert weights come from memory: the more loads are small, the better they keep it busy. With the
+  // last of many they come from L2, as fast as a block can take them: the fewer tasks the better.
+  if (kCluster > 1 && rest <= u32(kBlockM))
+    task.share = first_row == 0 && rest <= u32(kSplitRows) ? Share::columns : Share::tiles;
+  if (task.share == Share::tiles && at.column % kCluster != 0) return task;
+  task.block = ReadyBlock{panel.expert_slot, first_row, rest < kMost ? rest : kMost, task.serial};
+  return task;
+}
+
+// What a member does of it. Rows are shared equally, so that all end together. Past the last tile a member has no rows: there is
+// nothing to do and nothing to publish.
+DEVICE Task share_of(Task task, u32 member) {
+  const u32 rows = task.block.rows;
+  if (task.share == Share::columns) {
+    task.part = static_cast<unsigned char>(member);
+  } else if (task.share == Share::tiles) {
+    task.column += member;
+    if (task.column >= u32(task.kind == TaskKind::gemm1 ? kGemm1Tiles : kGemm2Tiles)) task.block.rows = 0;
+  } else {
+    const u32 share = (rows + kCluster - 1) / kCluster, rest = rows - member * share;
+    task.serial += member;
+    task.block = ReadyBlock{
+        task.block.expert_slot, task.block.first_row + member * share, rest < share ? rest : share, task.serial};
+  }
+  return task;
+}
+
+// ---- How the M-blocks of a call form panels ----
+// How many M-blocks share their weight tiles: as many as an active expert has on average, in whole claims.
+DEVICE u32 panel_size(u32 blocks, u32 active, u32 most) {
+  const u32 share = active == 0 ? 1 : (blocks + active - 1) / active;
+  const u32 whole = (share + kCluster - 1) / kCluster * kCluster;
+  return whole < most ? whole : most;
+}
+
+// M-blocks that so many rows of an expert take: kCluster for each claim, but one for a last claim that has no more rows.
+DEVICE u32 blocks_of(u32 rows) {
+  constexpr u32 kMost = kCluster * kBlockM;
+  const u32 rest = rows % kMost;
+  return rows / kMost * kCluster + (rest == 0 ? 0 : rest <= u32(kBlockM) ? 1 : kCluster);
+}
+
+// The lag in panels that have so many M-blocks: as many tasks between a GEMM1 and its GEMM2 as `lag` single M-blocks put there.
+DEVICE u32 panel_lag(u32 lag, u32 blocks) {
+  if (lag == 0) return 0;
+  const u32 between = lag * kPanelTiles - kGemm2Tiles;
+  return ((between + blocks - 1) / blocks + kGemm2Tiles + kPanelTiles - 1) / kPanelTiles;
+}
