@@ -1,6 +1,6 @@
 """flashmoe_gen: generate, compile and run fused Mixture-of-Experts layers."""
 
-from . import comm, reference
+from . import comm, programs, reference
 from .counters import LayerStats
 from .errors import (
     CacheError,
@@ -14,10 +14,11 @@ from .errors import (
 from .experts import Experts
 from .instrument import Instrument
 from .layer import MoELayer
-from .plan import TileConfig, default_tile
 from .presets import PRESETS
+from .programs import default_tile
 from .render import KernelSource, generate
 from .spec import MoESpec, Placement
+from .tile import Schedule, TileConfig
 
 __version__ = "0.1.0"
 
@@ -35,11 +36,13 @@ __all__ = [
     "MoELayer",
     "MoESpec",
     "Placement",
+    "Schedule",
     "SpecError",
     "TileConfig",
     "UnsupportedError",
     "comm",
     "default_tile",
     "generate",
+    "programs",
     "reference",
 ]

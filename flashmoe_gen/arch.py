@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from .errors import UnsupportedError
+
+Compiler = Literal["c++", "nvrtc"]
 
 
 @dataclass(frozen=True)
@@ -13,36 +16,43 @@ class Arch:
 
     Attributes:
         name: ``"host"`` or ``"sm_XX"``.
-        program: the folder of ``templates/`` with its block program.
+        compiler: what turns a text into an image: the C++ compiler of the machine, or NVRTC.
         shared_bytes: dynamic shared memory one block may use (CUDA C++ Programming Guide,
             "Technical Specifications per Compute Capability"), 0 on the host.
         registers: 32-bit registers of one multiprocessor, 0 on the host.
     """
 
     name: str
-    program: str
+    compiler: Compiler
     shared_bytes: int
     registers: int
 
     @property
-    def is_host(self) -> bool:
-        return self.name == "host"
+    def source_suffix(self) -> str:
+        """Of a file with a kernel's text."""
+        return {"c++": ".cpp", "nvrtc": ".cu"}[self.compiler]
+
+    @property
+    def image_suffix(self) -> str:
+        """Of a file with a compiled kernel: a shared library, or a cubin."""
+        return {"c++": ".so", "nvrtc": ".cubin"}[self.compiler]
 
 
 _KIB = 1024
 ARCHS: dict[str, Arch] = {
     arch.name: arch
     for arch in (
-        Arch("host", "host", 0, 0),
-        Arch("sm_80", "sm80", 163 * _KIB, 65536),
-        Arch("sm_86", "sm80", 99 * _KIB, 65536),
-        Arch("sm_89", "sm80", 99 * _KIB, 65536),
-        Arch("sm_90a", "sm80", 227 * _KIB, 65536),
-        Arch("sm_100", "sm80", 227 * _KIB, 65536),
-        Arch("sm_103", "sm80", 227 * _KIB, 65536),
-        Arch("sm_120", "sm80", 99 * _KIB, 65536),
+        Arch("host", "c++", 0, 0),
+        Arch("sm_80", "nvrtc", 163 * _KIB, 65536),
+        Arch("sm_86", "nvrtc", 99 * _KIB, 65536),
+        Arch("sm_89", "nvrtc", 99 * _KIB, 65536),
+        Arch("sm_90a", "nvrtc", 227 * _KIB, 65536),
+        Arch("sm_100", "nvrtc", 227 * _KIB, 65536),
+        Arch("sm_103", "nvrtc", 227 * _KIB, 65536),
+        Arch("sm_120", "nvrtc", 99 * _KIB, 65536),
     )
 }
+GPU_ARCHS = tuple(name for name, arch in ARCHS.items() if arch.compiler == "nvrtc")
 
 
 def get_arch(name: str) -> Arch:

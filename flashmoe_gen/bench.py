@@ -16,8 +16,8 @@ import numpy as np
 from .experts import Experts
 from .launch.cuda import device_name, driver_version
 from .layer import MoELayer
-from .plan import TileConfig
 from .spec import MoESpec
+from .tile import TileConfig
 
 _READ_KERNEL = r"""
 extern "C" __global__ void flashmoe_read_rate(const uint4* data, unsigned long long count, unsigned* out) {

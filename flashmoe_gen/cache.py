@@ -256,8 +256,7 @@ class Cache:
         draft = entry.with_name(f".building-{entry.name}-{uuid.uuid4().hex[:8]}")
         try:
             trust.make_folder(draft)
-            suffix = ".cpp" if record["arch"] == "host" else ".cu"
-            trust.new_file(draft / f"source{suffix}").write_text(text, encoding="utf-8")
+            trust.new_file(draft / f"source{get_arch(record['arch']).source_suffix}").write_text(text, encoding="utf-8")
             trust.new_file(draft / _image_name(record["arch"])).write_bytes(image.data)
             trust.new_file(draft / "build.log").write_text(image.log, encoding="utf-8")
             described = json.dumps(record, indent=1, default=str)
@@ -323,7 +322,7 @@ def _make(folder: Path) -> None:
 
 
 def _image_name(arch: str) -> str:
-    return "kernel.so" if arch == "host" else "kernel.cubin"
+    return f"kernel{get_arch(arch).image_suffix}"
 
 
 def _describe(image: Image) -> dict[str, Any]:

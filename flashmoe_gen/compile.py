@@ -104,12 +104,12 @@ def compile_text(
         CompileError: the compiler is missing, or refused the text, or ignored a part of it (then ``log`` and
             ``source_path`` are set); or :func:`terminate_running` ended it.
     """
-    is_host = get_arch(arch).is_host
+    target = get_arch(arch)
     logger.info("compiling %s for %s", name, arch)
     try:
-        return _compile_host(text, name, options) if is_host else _compile_nvrtc(text, name, arch, options)
+        return _COMPILERS[target.compiler](text, name, arch, options)
     except RefusedError as refusal:
-        path = _keep_source(text, file_stem(name) + (".cpp" if is_host else ".cu"), keep_in)
+        path = _keep_source(text, file_stem(name) + target.source_suffix, keep_in)
         message = f"{refusal.reason} {name} for {arch}."
         raise CompileError(message, log=refusal.log, source_path=path) from refusal.__cause__
 
@@ -121,9 +121,7 @@ def compiler_identity(arch: str) -> str:
         UnsupportedError: the architecture is unknown to the package.
         CompileError: there is no compiler for it on this machine.
     """
-    if get_arch(arch).is_host:
-        return find_host_compiler().identity
-    return nvrtc.load().identity
+    return _IDENTITIES[get_arch(arch).compiler]()
 
 
 def runs_here(identity: str) -> bool:
@@ -190,7 +188,7 @@ def file_stem(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:100] or "kernel"
 
 
-def _compile_host(text: str, name: str, options: tuple[str, ...]) -> Image:
+def _compile_cpp(text: str, name: str, arch: str, options: tuple[str, ...]) -> Image:
     compiler = find_host_compiler()
     stem = file_stem(name)
     try:
@@ -225,6 +223,10 @@ def _compile_nvrtc(text: str, name: str, arch: str, options: tuple[str, ...]) ->
         shared_bytes=max((kernel.shared_bytes for kernel in kernels), default=0),
         seconds=seconds,
     )
+
+
+_COMPILERS = {"c++": _compile_cpp, "nvrtc": _compile_nvrtc}
+_IDENTITIES = {"c++": lambda: find_host_compiler().identity, "nvrtc": lambda: nvrtc.load().identity}
 
 
 _running: set[subprocess.Popen[str]] = set()

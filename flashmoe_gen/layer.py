@@ -23,12 +23,14 @@ from .experts import Experts
 from .instrument import Instrument
 from .launch.cuda import CudaTarget, device_count
 from .launch.host import HostTarget
-from .launch.target import Memory, Target, TensorBox, loaded
-from .layout import HeapNeeds, WorkspaceLayout, return_slots
-from .plan import KernelPlan, TileConfig, default_tile, plan_kernel, resolve_combine
+from .launch.target import Memory, Target, loaded
+from .layout import HeapNeeds, WorkspaceLayout
+from .plan import SchedulePlan, plan_schedule, resolve_combine, return_slots
+from .programs import default_tile, resolve
 from .render import generate
 from .router import Router
 from .spec import MoESpec, Placement
+from .tile import Schedule, TileConfig, resolve_schedule
 
 logger = logging.getLogger("flashmoe_gen")
 
@@ -43,6 +45,7 @@ class MoELayer:
         target: ``"host"`` or ``"cuda"``; default: ``FLASHMOE_TARGET``, else the communicator's, else ``"cuda"`` when a GPU is
             there and ``"host"`` when none is.
         tile: tile configuration; default :func:`flashmoe_gen.default_tile`.
+        schedule: order of the tasks, and how rows come back; default: what :class:`Schedule` picks.
         comm: this rank's communicator; not needed for ``world_size=1``.
         placement: which rank holds which expert; default :meth:`Placement.default`.
         stream: CUDA stream of the calls (``target="cuda"``); default: the current one of the array library at each call.
@@ -71,6 +74,7 @@ class MoELayer:
         *,
         target: Literal["host", "cuda"] | None = None,
         tile: TileConfig | None = None,
+        schedule: Schedule | None = None,
         comm: comm.Communicator | None = None,
         placement: Placement | None = None,
         stream: Any = None,
@@ -78,13 +82,19 @@ class MoELayer:
         instrument: Instrument | None = None,
     ) -> None:
         self.spec = spec
-        self._max_blocks, self._given_stream = max_blocks, stream
+        self._max_blocks, self._given_stream, self._given_schedule = max_blocks, stream, schedule
         with comm.making() if comm is not None else nullcontext():
             self.comm = _resolve_comm(spec, comm)
-            self._make(target, tile, placement, stream, instrument)
+            self._make(target, tile, schedule, placement, stream, instrument)
 
     def _make(
-        self, target: str | None, tile: TileConfig | None, placement: Placement | None, stream: Any, instrument: Instrument | None
+        self,
+        target: str | None,
+        tile: TileConfig | None,
+        schedule: Schedule | None,
+        placement: Placement | None,
+        stream: Any,
+        instrument: Instrument | None,
     ) -> None:
         spec = self.spec
         env.timeout_s()  # a bad one is found before anything is compiled
@@ -93,15 +103,17 @@ class MoELayer:
         self._stream = self._target.stream(stream, None) if stream is not None else None
         arch = self._target.arch
         self.tile = tile or default_tile(spec, arch)
-        self._combine = resolve_combine(spec, self.tile, get_arch(arch))
-        plan = self._plan = plan_kernel(spec, self.tile, arch)
+        self.schedule = resolve_schedule(self.tile, schedule)
+        program = resolve(spec, self.tile.program, arch)
+        self._combine = resolve_combine(spec, self.schedule, program.default_combine)
+        plan = self._plan = program.plan(spec, self.tile, get_arch(arch))
         self._kernel = loaded(
             generate(spec, arch=arch, tile=self.tile, instrument=instrument).compile,
             lambda compiled: self._target.load(
                 compiled,
                 threads=plan.threads,
                 shared_bytes=plan.shared_bytes,
-                boxes=_tensor_boxes(spec, self.tile, plan),
+                boxes=program.tensor_boxes(spec, self.tile, plan),
                 # The driver then starts all blocks or none. Not where ranks share a GPU: what the stream of one runs before its
                 # launch, such as the clearing after reset(), may find no room beside another's cooperative launch.
                 cooperative=spec.world_size == 1,
@@ -131,6 +143,7 @@ class MoELayer:
             self.spec,
             target="host" if self.target == "host" else "cuda",
             tile=self.tile,
+            schedule=self._given_schedule,
             comm=self.comm,
             placement=self.placement,
             stream=self._given_stream,
@@ -167,7 +180,7 @@ class MoELayer:
             self.comm.leave(self._number, f"its layer {self._number}")
             self._target.synchronize()
             nothing = self._target.allocate(0)
-            self._workspace, self._pack = nothing, self._packer(self.placement, self._layout, nothing, self._tables)
+            self._workspace, self._pack = nothing, self._packer(self.placement, self._layout, self._order, nothing, self._tables)
             self._target.forget()
             router, self._router = self._router, None
             self._released = True  # last: who is interrupted closes again
@@ -196,27 +209,37 @@ class MoELayer:
                 f"Must be {spec.num_experts} on {spec.world_size}."
             )
         target = self._target
-        order = [expert for rank in placement.slots_per_rank for expert in rank]
+        experts = [expert for rank in placement.slots_per_rank for expert in rank]
         position = np.empty(spec.num_experts, np.int32)
-        position[order] = np.arange(spec.num_experts, dtype=np.int32)
+        position[experts] = np.arange(spec.num_experts, dtype=np.int32)
         target.synchronize()  # a call in flight still uses the old tables
         tables = target.upload(position), target.upload(np.cumsum([0, *map(len, placement.slots_per_rank)], dtype=np.int32))
+        local_experts = len(placement.local_experts(self.comm.rank))
+        order = plan_schedule(
+            spec,
+            self.tile,
+            self._plan,
+            self.schedule,
+            combine=self._combine,
+            local_experts=local_experts,
+            processors=self._processors,
+        )
         layout = WorkspaceLayout.of(
             spec,
             self.tile,
             self._plan,
-            combine=self._combine,
-            local_experts=len(placement.local_experts(self.comm.rank)),
-            processors=self._processors,
+            order,
+            local_experts=local_experts,
             planners=self._workers - target.system_workers,
             tracks=self._workers * self._plan.tracks,
             trace_events=self._instrument.trace_events,
         )
         workspace = target.allocate(layout.bytes)
-        pack = self._packer(placement, layout, workspace, tables)
+        pack = self._packer(placement, layout, order, workspace, tables)
         tag = hash(placement.slots_per_rank)
         # All at once: an error or an interrupt before leaves the layer as it was, and none comes between.
         self.placement, self._placed, self._layout, self._reported = placement, tag, layout, 0  # _reported: invalid ids
+        self._order = order
         self._tables, self._workspace, self._pack = tables, workspace, pack
         self.comm.attach(self)
 
@@ -371,7 +394,12 @@ class MoELayer:
             return read_state(self._workspace, self._layout)
 
     def _packer(
-        self, placement: Placement, layout: WorkspaceLayout, workspace: Memory, tables: tuple[Memory, Memory]
+        self,
+        placement: Placement,
+        layout: WorkspaceLayout,
+        order: SchedulePlan,
+        workspace: Memory,
+        tables: tuple[Memory, Memory],
     ) -> Packer:
         """A packer that borrows nothing yet, with the fields that do not change from call to call."""
         spec, local_experts = self.spec, len(placement.local_experts(self.comm.rank))
@@ -380,7 +408,8 @@ class MoELayer:
         narrow_ids = places.pop("narrow_ids")
         values: dict[str, Any] = {
             **places,
-            **layout.sizes,
+            **order.arguments(),
+            "trace_events": self._instrument.trace_events,
             "expert_position": tables[0].pointer,
             "owner_first": tables[1].pointer,
             "record": self.comm.record.ctypes.data,
@@ -391,7 +420,6 @@ class MoELayer:
             "capacity": _NO_CAPACITY if spec.capacity is None else spec.capacity,
             "rank": self.comm.rank,
             "world_size": spec.world_size,
-            "combine_by_rank": self._combine == "rank",
             "return_slots": return_slots(spec, self._combine),
         }
         for name, value in values.items():
@@ -418,20 +446,6 @@ def _resolve_target(target: str | None, communicator: comm.Communicator | None, 
     if max_blocks is not None:
         raise SpecError("max_blocks= is not valid for target='host'.")
     return HostTarget()
-
-
-def _tensor_boxes(spec: MoESpec, tile: TileConfig, plan: KernelPlan) -> tuple[TensorBox, ...]:
-    """The tensor maps of gate, up, down and ring that the kernel takes, in this order; none when it loads without them."""
-    inner, outer = plan.tensor_boxes
-    if not inner:
-        return ()
-    hidden, middle, size = spec.hidden_size, spec.intermediate_size, spec.element.size
-    gate = "gate" if spec.mlp == "gated" else "up"  # a vanilla MLP has no gate: its kernel never loads through that map
-    return (
-        *(TensorBox(name, "local_experts", middle, hidden, inner, tile.block_k, size) for name in (gate, "up")),
-        TensorBox("down", "local_experts", hidden, middle, outer, tile.block_k, size),
-        TensorBox("ring", "ring_slots", tile.block_m, middle, plan.ring_box, tile.block_k, size),
-    )
 
 
 def _resolve_comm(spec: MoESpec, communicator: comm.Communicator | None) -> comm.Communicator:

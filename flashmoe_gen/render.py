@@ -18,8 +18,10 @@ from .arch import Arch, get_arch
 from .args import MOE_STRUCTS, ROUTER_STRUCTS, WORKS
 from .errors import CacheError, FlashMoEError, SpecError
 from .instrument import Instrument
-from .plan import KernelPlan, RouterPlan, TileConfig, default_tile, plan_kernel, plan_router, resolve_program
+from .plan import KernelPlan
+from .programs import RouterPlan, default_tile, resolve, router_program
 from .spec import MoESpec
+from .tile import TileConfig
 
 if TYPE_CHECKING:
     from .cache import CompiledKernel
@@ -30,7 +32,6 @@ _ACRONYM = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "
 _MOE_FIELDS = (
     "hidden_size intermediate_size top_k dtype mlp activation bias swish_alpha swish_beta gate_limit up_offset weight_on"
 ).split()
-_LAUNCH_CHOICES = ("combine", "lag", "group")  # of a TileConfig
 _ROUTER_FIELDS = "hidden_size top_k dtype scoring renormalize group_score routed_scale".split()
 
 
@@ -56,7 +57,7 @@ class KernelSource:
 
     @property
     def suffix(self) -> str:
-        return ".cpp" if self.arch == "host" else ".cu"
+        return get_arch(self.arch).source_suffix
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the text; return the file's path. Folders are made if missing.
@@ -105,11 +106,15 @@ def _cpp(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-@functools.lru_cache(maxsize=1)
-def environment() -> jinja2.Environment:
-    """The Jinja2 environment, with delimiters that do not collide with C++ and PTX."""
+@functools.lru_cache
+def environment(templates: Path | None = None) -> jinja2.Environment:
+    """The Jinja2 environment, with delimiters that do not collide with C++ and PTX.
+
+    ``templates`` is a folder that is searched before the package's own.
+    """
+    folders = [*([templates] if templates is not None else []), template_dir()]
     env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(template_dir()),
+        loader=jinja2.FileSystemLoader(folders),
         undefined=jinja2.StrictUndefined,
         variable_start_string="${",
         variable_end_string="}",
@@ -126,40 +131,6 @@ def environment() -> jinja2.Environment:
     )
     env.filters["cpp"] = _cpp
     return env
-
-
-# The parts of a kernel in the order the data flows. "{program}" is the arch's block-program folder.
-_PROTOCOL = [
-    f"protocol/{part}.cuh"
-    for part in (
-        "queue", "call", "trace", "delay", "scan", "planner", "dispatch", "subscriber", "rows", "scheduler", "processor", "combine",
-        "leave",
-    )
-]  # fmt: skip
-PARTS: dict[tuple[str, str], list[str]] = {
-    ("moe", "host"): [
-        "host/runtime.h", "host/platform.h", "common/constants.cuh", "host/element.h", "common/element.cuh", "common/args.cuh",
-        "common/activation.cuh", *_PROTOCOL, "host/gemm.h", "host/tasks.h", "host/moe_block.h",
-    ],
-    ("moe", "sm80"): [
-        "sm80/ptx.cuh", "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
-        "common/args.cuh", "common/activation.cuh", *_PROTOCOL, "sm80/finished.cuh", "sm80/mma.cuh",
-        "sm80/pipeline.cuh", "sm80/tasks.cuh", "sm80/moe_block.cuh",
-    ],
-    ("moe", "sm90"): [
-        "sm80/ptx.cuh", "sm90/ptx.cuh", "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
-        "common/args.cuh", "common/activation.cuh", *_PROTOCOL, "sm80/finished.cuh", "sm90/pipeline.cuh",
-        "sm90/loads.cuh", "sm90/tasks.cuh", "sm90/moe_block.cuh",
-    ],
-    ("router", "host"): [
-        "host/runtime.h", "host/platform.h", "router/constants.cuh", "host/element.h", "common/element.cuh", "common/args.cuh",
-        "router/select.cuh", "host/gemm.h", "host/router_block.h",
-    ],
-    ("router", "sm80"): [
-        "sm80/ptx.cuh", "sm80/platform.cuh", "router/constants.cuh", "sm80/element.cuh", "common/element.cuh",
-        "common/args.cuh", "router/select.cuh", "sm80/router_block.cuh",
-    ],
-}  # fmt: skip
 
 
 def _command(kind: str, arch: Arch, fields: dict[str, Any], tile: dict[str, Any]) -> str:
@@ -215,25 +186,28 @@ def generate(
         raise SpecError(f"{instrument} is not valid for the router. It has neither trace nor delays.")
     instrument = instrument or Instrument()
     plan: KernelPlan | RouterPlan
+    parts: Sequence[str]
     tiles: dict[str, Any] = {}
+    templates = None
     if kernel == "router":  # one tiling for every spec
-        plan = plan_router(arch)
+        router = router_program(arch)
+        plan, parts = router.plan, router.parts
     else:
         tile = tile or default_tile(spec, arch)
-        tile = tile.replace(program=resolve_program(spec, tile.program, target))
-        plan = plan_kernel(spec, tile, arch)
-        tiles = {name: value for name, value in vars(tile).items() if name not in _LAUNCH_CHOICES}
+        program = resolve(spec, tile.program, arch)
+        plan, parts, templates = program.plan(spec, tile, target), program.parts, program.templates
+        tiles = {**tile.text_fields(), "program": program.name}
     fields = {name: getattr(spec, name) for name in (_MOE_FIELDS if kernel == "moe" else _ROUTER_FIELDS)}
-    parts = PARTS[kernel, "sm90" if tiles.get("program") == "wgmma" else target.program]
     # The symbol names the content, and the content holds the symbol: hash the parts instead of the finished text.
-    sources = [(part, _template_text(part)) for part in parts]
+    sources = [(part, _template_text(part, templates)) for part in parts]
     name = _symbol(kernel, spec, target, _digest(arch, fields, tiles, instrument.code, vars(plan), sources))
     context = {
         "spec": spec, "tile": tile, "plan": plan, "arch": target, "name": name, "instrument": instrument, "works": list(WORKS),
         "structs": MOE_STRUCTS if kernel == "moe" else ROUTER_STRUCTS,
     }  # fmt: skip
     command = _command(kernel, target, fields, tiles | instrument.code)
-    text = _header(kernel, target, name, fields, tiles | instrument.code, plan, command) + render_parts(parts, context)
+    header = _header(kernel, target, name, fields, tiles | instrument.code, plan, command)
+    text = header + render_parts(parts, context, templates)
     return KernelSource(
         text=text,
         name=name,
@@ -244,13 +218,15 @@ def generate(
     )
 
 
-def _template_text(part: str) -> str:
-    return environment().loader.get_source(environment(), part)[0]  # type: ignore[union-attr]
+def _template_text(part: str, templates: Path | None) -> str:
+    env = environment(templates)
+    return env.loader.get_source(env, part)[0]  # type: ignore[union-attr]
 
 
-def render_parts(parts: Sequence[str], context: dict[str, Any]) -> str:
+def render_parts(parts: Sequence[str], context: dict[str, Any], templates: Path | None = None) -> str:
     """Render template parts one after the other, each marked with ``#line`` so that errors point at the template."""
-    return "".join(f'\n#line 1 "{part}"\n{environment().get_template(part).render(context)}' for part in parts)
+    env = environment(templates)
+    return "".join(f'\n#line 1 "{part}"\n{env.get_template(part).render(context)}' for part in parts)
 
 
 def _header(
@@ -267,7 +243,7 @@ def _header(
         *_table(fields),
         *(["// Tile", *_table(tiles)] if tiles else []),
         "// Plan",
-        *_table(vars(plan)),
+        *_table(plan.table()),
         "// Reproduce",
         f"//   {command}",
     ]

@@ -10,7 +10,7 @@ from .args import ROUTER_ARGS
 from .comm import Communicator
 from .errors import CommError, SpecError
 from .launch.target import Target, loaded
-from .plan import plan_router
+from .programs import plan_router
 from .render import generate
 from .spec import MoESpec
 

@@ -11,8 +11,7 @@ import sys
 from typing import Any
 
 import flashmoe_gen as fmg
-from flashmoe_gen import bench
-from flashmoe_gen.plan import default_tile
+from flashmoe_gen import bench, default_tile
 
 FEW, SOME = [1, 128, 512, 2048], [1, 32, 128, 512, 2048, 8192]
 LAYERS: dict[str, tuple[str, str | None, list[int], dict[str, Any]]] = {

@@ -15,7 +15,7 @@ from .. import __version__, files
 from .. import bench as bench_room
 from ..errors import SpecError
 from ..launch.cuda import CudaTarget
-from ..plan import Program, TileConfig, default_tile
+from ..programs import default_tile
 from ..spec import MoESpec
 from . import console
 from .console import JsonFlag
@@ -46,7 +46,7 @@ def bench(
     names = model or list(bench_room.MODELS)
     specs = {name: _spec(name, max(counts)) for name in names}
     arch = CudaTarget().arch
-    tiles = {name: _tile(spec, arch, program) for name, spec in specs.items()}
+    tiles = {name: default_tile(spec, arch, program) for name, spec in specs.items()}
     with console.step("measuring the ceilings of this GPU"):
         ceilings = bench_room.measure_ceilings()
     console.note(
@@ -99,10 +99,3 @@ def _counts(text: str) -> list[int]:
 def _spec(name: str, max_tokens: int) -> MoESpec:
     preset, changes = bench_room.MODELS.get(name, (name, {}))
     return MoESpec.preset(preset, max_tokens=max_tokens, **changes)
-
-
-def _tile(spec: MoESpec, arch: str, program: str | None) -> TileConfig:
-    if program not in (None, "mma", "wgmma"):
-        raise SpecError(f"--program {program!r} is not valid. Must be 'mma' or 'wgmma'.")
-    chosen: Program | None = program  # type: ignore[assignment]
-    return default_tile(spec, arch, chosen)

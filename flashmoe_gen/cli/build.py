@@ -14,9 +14,10 @@ from ..compile import find_host_compiler, slow_first_use
 from ..errors import FlashMoEError
 from ..instrument import Instrument
 from ..launch import cuda, host
-from ..plan import TileConfig, default_tile, plan_kernel
+from ..programs import default_tile, plan_kernel
 from ..render import KernelSource, generate
 from ..spec import MoESpec
+from ..tile import TileConfig
 from . import console
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ class Job:
 
 def program(arch: str) -> Job:
     """The small program that every layer needs beside its kernels."""
-    if get_arch(arch).is_host:
+    if get_arch(arch).compiler == "c++":
         return Job(arch, "program", None, lambda: host.build_program("launcher"))
     return Job(arch, "program", None, lambda: cuda.build_program("narrow_ids", arch))
 
@@ -91,7 +92,7 @@ def build(jobs: list[Job]) -> list[CompiledKernel]:
 def compiling(jobs: list[Job]) -> Iterator[console.Tally]:
     """Show that they are compiled, and why that may take long."""
     with console.progress("compiling", len(jobs)) as tally:
-        if any(job.arch == "host" for job in jobs):
+        if any(get_arch(job.arch).compiler == "c++" for job in jobs):
             with suppress(FlashMoEError):  # without a compiler there may still be a cache
                 tally.hint = slow_first_use(find_host_compiler().command) or ""
         yield tally

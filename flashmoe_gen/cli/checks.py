@@ -15,8 +15,8 @@ from .. import LayerStats, comm, reference
 from ..errors import CommError, FlashMoEError
 from ..instrument import Instrument
 from ..layer import MoELayer
-from ..plan import TileConfig
 from ..spec import MoESpec, Placement
+from ..tile import Schedule, TileConfig
 from .problem import Array, Problem
 
 T = TypeVar("T")
@@ -58,6 +58,7 @@ class World:
     Args:
         problem: the weights, in the memory of where the layer runs.
         tile: tile configuration.
+        schedule: order of the tasks, and how rows come back.
         spec: another world size than the problem's.
         gpu: all ranks run on the current GPU and share it; default: on the host.
         instrument: tracing or delays in the layers' kernels.
@@ -67,6 +68,7 @@ class World:
         self,
         problem: Problem,
         tile: TileConfig,
+        schedule: Schedule,
         spec: MoESpec | None = None,
         *,
         gpu: bool = False,
@@ -85,6 +87,7 @@ class World:
                     self.spec,
                     target="cuda" if gpu else "host",
                     tile=tile,
+                    schedule=schedule,
                     comm=rank,
                     placement=self._placement,
                     stream=stream,

@@ -13,14 +13,16 @@ import typer
 from rich.markup import escape
 from threadpoolctl import threadpool_limits
 
-from ..arch import ARCHS, get_arch
+from ..arch import GPU_ARCHS
 from ..cache import CompiledKernel
 from ..errors import SpecError
 from ..launch.cuda import CudaTarget, device_name
 from ..launch.host import HostTarget
-from ..plan import TileConfig, plan_kernel, resolve_combine
+from ..plan import resolve_combine
+from ..programs import plan_kernel, resolve
 from ..render import KernelSource, generate
 from ..spec import MAX_TOKENS, MoESpec
+from ..tile import Combine, Schedule, TileConfig
 from . import console
 from .build import build, layer
 from .checks import Call, Check, World, check_outputs, check_routes, check_same, joined, output_bound, uneven
@@ -59,9 +61,9 @@ def demo(
     if tokens * ranks > MAX_TOKENS:
         raise SpecError(f"--tokens {tokens} is not valid with {ranks_of(asked.spec)}. All together must be at most {MAX_TOKENS}.")
     where = CudaTarget() if chosen == "cuda" else HostTarget()
-    sets = [f"--set={text}" for text in set_ or [] if text.partition("=")[0] not in asked.tile]
+    sets = [f"--set={text}" for text in set_ or [] if text.partition("=")[0] in vars(asked.spec)]
     command = shlex.join(["flashmoe-gen", "compile", "--model", model, *sets, "--arch", "all"])
-    report = _Demo(model, asked.spec, asked.tile_for(where.arch), where, seed, command, quiet=json_)
+    report = _Demo(model, asked.spec, asked.tile_for(where.arch), asked.schedule, where, seed, command, quiet=json_)
     result = report.run()
     if json_:
         console.print_json(result)
@@ -73,10 +75,20 @@ class _Demo:
     """One run of the demo; prints as it goes, unless ``quiet``."""
 
     def __init__(
-        self, model: str, spec: MoESpec, tile: TileConfig, target: HostTarget | CudaTarget, seed: int, command: str, *, quiet: bool
+        self,
+        model: str,
+        spec: MoESpec,
+        tile: TileConfig,
+        schedule: Schedule,
+        target: HostTarget | CudaTarget,
+        seed: int,
+        command: str,
+        *,
+        quiet: bool,
     ) -> None:
         self.command = command  # which compiles its kernels for GPUs
-        self.model, self.spec, self.tile, self.seed, self.quiet = model, spec, tile, seed, quiet
+        self.model, self.spec, self.seed, self.quiet = model, spec, seed, quiet
+        self.tile, self.schedule = tile, schedule
         self.target, self.arch, self.gpu = target, target.arch, target.name == "cuda"
         self.device = device_name() if self.gpu else target.device
         self.seconds: dict[str, float] = {}
@@ -105,7 +117,8 @@ class _Demo:
             "device": self.device,
             "model": self.model,
             "spec": dataclasses.asdict(self.spec),
-            "tile": dataclasses.asdict(self.tile),
+            "tile": self.tile.text_fields(),
+            "schedule": dataclasses.asdict(self.schedule),
             "plan": plan,
             "kernels": kernels,
             "ranks": ranks,
@@ -123,12 +136,10 @@ class _Demo:
 
     def _plan(self) -> dict[str, Any]:
         spec, numbers = self.spec, plan_kernel(self.spec, self.tile, self.arch)
-        heap, workspace = runtime_bytes(spec, self.tile, self.target)
-        tasks = numbers.gemm1_tiles + numbers.gemm2_tiles
+        heap, workspace = runtime_bytes(spec, self.tile, self.schedule, self.target)
         plan = {
-            "gemm1_tiles": numbers.gemm1_tiles,
-            "gemm2_tiles": numbers.gemm2_tiles,
-            "tasks_per_block": tasks,
+            **{f"{phase.name}_tiles": phase.tiles for phase in numbers.phases},
+            "tasks_per_block": numbers.tasks,
             "weight_bytes": weight_bytes(spec),
             "heap_bytes_per_rank": heap,
             "workspace_bytes_per_rank": workspace,
@@ -136,6 +147,7 @@ class _Demo:
         if not self.quiet:
             groups = f", {spec.top_groups} of {spec.num_groups} groups" if spec.num_groups > 1 else ""
             renormalized = ", renormalised" if spec.renormalize else ""
+            tiles = " + ".join(f"{phase.tiles} {phase.name.upper()}" for phase in numbers.phases)
             rows = [
                 (
                     "tokens",
@@ -148,7 +160,7 @@ class _Demo:
                 ("router", f"top {spec.top_k} of {spec.scoring} scores{groups}{renormalized}"),
                 (
                     "M-block",
-                    f"{self.tile.block_m} rows: {numbers.gemm1_tiles} GEMM1 + {numbers.gemm2_tiles} GEMM2 = {tasks} tasks",
+                    f"{self.tile.block_m} rows: {tiles} = {numbers.tasks} tasks",
                 ),
                 ("weights", size(weight_bytes(spec))),
                 ("heap", f"{size(heap)} a rank (symmetric: what other ranks write into)"),
@@ -158,7 +170,7 @@ class _Demo:
         return plan
 
     def _require_memory(self) -> None:
-        require_memory(self.spec, self.tile, self.target, self._alone())
+        require_memory(self.spec, self.tile, self.schedule, self.target, self._alone())
 
     def _kernels(self) -> list[dict[str, Any]]:
         with self._timed("compile"):
@@ -182,7 +194,7 @@ class _Demo:
         if self.gpu:
             with self._timed("weights", "copying the weights to the GPU"):
                 there = problem.on_gpu()
-        with World(there, self.tile, gpu=self.gpu) as world:
+        with World(there, self.tile, self.schedule, gpu=self.gpu) as world:
             with self._timed("run", f"running {ranks_of(spec)}"):
                 first = world.run(problem.tokens)
             with self._timed("run", "running again"):
@@ -201,15 +213,19 @@ class _Demo:
             check_same(f"uneven ranks ({counts} tokens) give the same bits", "and every rank returns", fewer, first),
         ]
         # A capacity counts per source rank, and rows summed by their owner are rounded per rank.
-        if spec.capacity is None and resolve_combine(spec, self.tile, get_arch(self.arch)) == "route":
-            with World(there, self.tile, self._alone(), gpu=self.gpu) as one, self._timed("run", "running on one rank"):
-                alone = one.run([joined(first).x])
+        if spec.capacity is None and self._combine() == "route":
+            alone = World(there, self.tile, self.schedule, self._alone(), gpu=self.gpu)
+            with alone as one, self._timed("run", "running on one rank"):
+                together = one.run([joined(first).x])
             name = "one rank with all experts and tokens gives the same bits"
-            checks.append(check_same(name, "all ids, weights and y", alone, [joined(first)]))
+            checks.append(check_same(name, "all ids, weights and y", together, [joined(first)]))
         ranks = [_rank_row(rank, *row) for rank, row in enumerate(zip(first, second, router_errors, errors))]
         if not self.quiet:
             self._show_run(ranks, checks)
         return ranks, checks
+
+    def _combine(self) -> Combine:
+        return resolve_combine(self.spec, self.schedule, resolve(self.spec, self.tile.program, self.arch).default_combine)
 
     def _alone(self) -> MoESpec:
         return self.spec.replace(world_size=1, max_tokens=self.spec.world_size * self.spec.max_tokens)
@@ -238,12 +254,11 @@ class _Demo:
         return f"{1e3 * seconds:.2f} ms" if self.gpu else f"{seconds:.2f} s"
 
     def _tasks(self) -> int:
-        numbers = plan_kernel(self.spec, self.tile, self.arch)
-        return numbers.gemm1_tiles + numbers.gemm2_tiles
+        return plan_kernel(self.spec, self.tile, self.arch).tasks
 
     def _gpu_kernels(self) -> list[dict[str, Any]]:
         """What generate() gives for the same spec and each GPU architecture; nothing is compiled here."""
-        archs = [name for name, arch in ARCHS.items() if not arch.is_host]
+        archs = GPU_ARCHS
         with self._timed("GPU texts", "generating the GPU kernels"):
             found = []
             for arch in archs:

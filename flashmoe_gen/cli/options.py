@@ -1,4 +1,4 @@
-"""From the options of a command to a spec and a tile."""
+"""From the options of a command to a spec, a tile and a schedule."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from ..arch import ARCHS, get_arch
 from ..errors import SpecError
 from ..hf_config import spec_fields
 from ..instrument import Instrument
-from ..plan import TileConfig, default_tile
 from ..presets import PRESETS, preset_fields
+from ..programs import default_tile
 from ..spec import MoESpec
+from ..tile import Schedule, TileConfig
+from . import console
 
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help=f"A model by name: {', '.join(PRESETS)}.", show_default=False)
@@ -28,16 +30,21 @@ ConfigOption = Annotated[
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="FIELD=VALUE", help="A field of MoESpec, TileConfig or Instrument; may be repeated.", show_default=False
+        "--set",
+        metavar="FIELD=VALUE",
+        help="A field of MoESpec, TileConfig, Schedule or Instrument; may be repeated.",
+        show_default=False,
     ),
 ]
 Kernel = Literal["moe", "router"]
 KernelOption = Annotated[str, typer.Option("--kernel", "-k", metavar="[moe|router]", help="Which kernel.")]
 
 _SPEC_FIELDS = [field.name for field in dataclasses.fields(MoESpec)]
-_TILE_FIELDS = [field.name for field in dataclasses.fields(TileConfig)]
+_TILE_FIELDS = list(TileConfig(1, 2).text_fields())
+_SCHEDULE_FIELDS = [field.name for field in dataclasses.fields(Schedule)]
 _INSTRUMENT_FIELDS = [field.name for field in dataclasses.fields(Instrument)]
-_FIELDS = _SPEC_FIELDS + _TILE_FIELDS + _INSTRUMENT_FIELDS
+_FIELDS = _SPEC_FIELDS + _TILE_FIELDS + _SCHEDULE_FIELDS + _INSTRUMENT_FIELDS
+_OLD_FIELDS = {"group": "panel"}
 _OLD_ARCHS = ("sm_70", "sm_75")
 _WORDS = {"true": True, "false": False, "none": None}
 
@@ -49,18 +56,20 @@ class Request:
     Attributes:
         spec: the layer.
         tile: the fields of the tile that were set; the rest is the architecture's default.
+        schedule: order of the tasks, and how rows come back.
         instrument: tracing and delays.
         chosen: names of all fields that were set.
     """
 
     spec: MoESpec
     tile: dict[str, Any]
+    schedule: Schedule
     instrument: Instrument
     chosen: tuple[str, ...] = ()
 
     def tile_for(self, arch: str) -> TileConfig:
         """The tile for one architecture."""
-        return default_tile(self.spec, arch).replace(**self.tile)
+        return default_tile(self.spec, arch, self.tile.get("program")).replace(**self.tile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +86,7 @@ class Fixed:
 
 
 def settings(texts: list[str] | None) -> dict[str, Any]:
-    """Parse ``--set`` options into fields of the spec, of the tile and of the instrument.
+    """Parse ``--set`` options into fields of the spec, the tile, the schedule and the instrument.
 
     Raises:
         SpecError: not ``field=value``, no field of that name, or two values for one.
@@ -87,6 +96,9 @@ def settings(texts: list[str] | None) -> dict[str, Any]:
         name, equals, word = text.partition("=")
         if not equals:
             raise SpecError(f"--set {text} is not valid. Must be field=value.")
+        if name in _OLD_FIELDS:
+            console.note(f"--set {text}: {name} is deprecated, its name is {_OLD_FIELDS[name]} now")
+            name = _OLD_FIELDS[name]
         if name not in _FIELDS:
             close = difflib.get_close_matches(name, _FIELDS, n=1)
             hint = f" Did you mean {close[0]}?" if close else f" Fields: {', '.join(_FIELDS)}."
@@ -135,11 +147,11 @@ def request(
         if name in chosen and not _same(chosen[name], own.value):
             raise SpecError(f"--set {name}={chosen[name]} and {own.option} {own.value} are not valid together. Use {own.option}.")
     values = {**chosen, **{name: own.value for name, own in given.items()}}
-    own_fields, tile, instrument = (
+    own_fields, tile, schedule, instrument = (
         {name: value for name, value in values.items() if name in names}
-        for names in (_SPEC_FIELDS, _TILE_FIELDS, _INSTRUMENT_FIELDS)
+        for names in (_SPEC_FIELDS, _TILE_FIELDS, _SCHEDULE_FIELDS, _INSTRUMENT_FIELDS)
     )
-    if kernel == "router" and (useless := [*tile, *instrument]):
+    if kernel == "router" and (useless := [*tile, *schedule, *instrument]):
         raise SpecError(f"--set {useless[0]} is not valid with --kernel router, which has neither tiles nor instruments.")
     base = preset_fields(model) if model is not None else spec_fields(config) if config is not None else {}
     fields = {**base, **own_fields}
@@ -151,7 +163,7 @@ def request(
     fields.setdefault("intermediate_size", fields["hidden_size"])
     fields.setdefault("num_experts", fields["top_k"])
     fields.setdefault("max_tokens", 1)
-    return Request(MoESpec(**fields), tile, Instrument(**instrument), tuple(chosen))
+    return Request(MoESpec(**fields), tile, Schedule(**schedule), Instrument(**instrument), tuple(chosen))
 
 
 def layer_fields(tokens: int, ranks: int, experts: int | None) -> dict[str, Fixed]:

@@ -12,14 +12,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..arch import get_arch
 from ..errors import FlashMoEError, SpecError
 from ..experts import Experts
 from ..launch.cuda import CudaTarget
 from ..launch.host import HostTarget
 from ..layout import HeapLayout, HeapNeeds, WorkspaceLayout
-from ..plan import TileConfig, plan_kernel, resolve_combine
+from ..plan import plan_schedule, resolve_combine
+from ..programs import plan_kernel, resolve
 from ..spec import MoESpec, Placement
+from ..tile import Schedule, TileConfig
 from . import console
 from .build import run_all
 from .memory import available_bytes
@@ -85,7 +86,9 @@ def ranks_of(spec: MoESpec) -> str:
     return "1 rank" if spec.world_size == 1 else f"{spec.world_size} ranks"
 
 
-def runtime_bytes(spec: MoESpec, tile: TileConfig, target: HostTarget | CudaTarget, trace_events: int = 0) -> tuple[int, int]:
+def runtime_bytes(
+    spec: MoESpec, tile: TileConfig, schedule: Schedule, target: HostTarget | CudaTarget, trace_events: int = 0
+) -> tuple[int, int]:
     """Bytes of the symmetric heap and of the workspace, on the rank that holds most experts.
 
     A GPU's kernel is not there yet: it is taken to have the blocks that its registers are planned for.
@@ -99,9 +102,10 @@ def runtime_bytes(spec: MoESpec, tile: TileConfig, target: HostTarget | CudaTarg
         processors = max(1, blocks // tile.cluster - 1)
     local = len(Placement.default(spec.num_experts, spec.world_size).local_experts(0))
     plan = plan_kernel(spec, tile, arch)
-    combine = resolve_combine(spec, tile, get_arch(arch))
+    combine = resolve_combine(spec, schedule, resolve(spec, tile.program, arch).default_combine)
+    order = plan_schedule(spec, tile, plan, schedule, combine=combine, local_experts=local, processors=processors)
     workspace = WorkspaceLayout.of(
-        spec, tile, plan, combine=combine, local_experts=local, processors=processors, planners=planners,
+        spec, tile, plan, order, local_experts=local, planners=planners,
         tracks=(planners + target.system_workers) * plan.tracks, trace_events=trace_events,
     )  # fmt: skip
     return HeapLayout.of(HeapNeeds.of(spec, combine), spec.world_size).bytes, workspace.bytes
@@ -134,7 +138,13 @@ def free_gpu_bytes() -> int:
 
 
 def require_memory(
-    spec: MoESpec, tile: TileConfig, target: HostTarget | CudaTarget, *also: MoESpec, trace_events: int = 0, held: int = 0
+    spec: MoESpec,
+    tile: TileConfig,
+    schedule: Schedule,
+    target: HostTarget | CudaTarget,
+    *also: MoESpec,
+    trace_events: int = 0,
+    held: int = 0,
 ) -> None:
     """Return if there is memory for the problem, for its layers and for those of other specs, here and on the GPU; and to spare.
 
@@ -143,7 +153,7 @@ def require_memory(
     Raises:
         FlashMoEError: there is not; says how many experts would fit.
     """
-    layers = sum(one.world_size * sum(runtime_bytes(one, tile, target, trace_events)) for one in (spec, *also))
+    layers = sum(one.world_size * sum(runtime_bytes(one, tile, schedule, target, trace_events)) for one in (spec, *also))
     needed = weight_bytes(spec) + working_bytes(spec)
     memory = available_bytes()
     on_host = isinstance(target, HostTarget)

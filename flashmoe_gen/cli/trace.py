@@ -89,7 +89,8 @@ def trace(
         "device": f"{device_name()}, driver {driver_version()}" if gpu else "cpu",
         "model": model,
         "spec": dataclasses.asdict(asked.spec),
-        "tile": dataclasses.asdict(asked.tile_for(where.arch)),
+        "tile": asked.tile_for(where.arch).text_fields(),
+        "schedule": dataclasses.asdict(asked.schedule),
         "summaries": summaries,
     }
     with console.step(f"writing {output}"):
@@ -107,10 +108,11 @@ class _Tracing:
 
     def __init__(self, asked: Request, target: HostTarget | CudaTarget, seed: int) -> None:
         self.spec, self.tile, self.target, self.gpu = asked.spec, asked.tile_for(target.arch), target, target.name == "cuda"
+        self.schedule = asked.schedule
         self.instrument, self.where = asked.instrument, "warp" if self.gpu else "thread"
-        require_memory(self.spec, self.tile, target, trace_events=_FIRST_ROOM)
+        require_memory(self.spec, self.tile, self.schedule, target, trace_events=_FIRST_ROOM)
         build.build(build.layer(self.spec, target.arch, self.tile, self._traced(1)))
-        require_memory(self.spec, self.tile, target, trace_events=_FIRST_ROOM)  # compiling took time: others may have taken some
+        require_memory(self.spec, self.tile, self.schedule, target, trace_events=_FIRST_ROOM)  # again: compiling took time
         with console.step(f"making {console.size(weight_bytes(self.spec))} of random weights"):
             self.problem = random_problem(self.spec, seed)
         self.there = self.problem.on_gpu() if self.gpu else self.problem
@@ -123,8 +125,8 @@ class _Tracing:
         """
         room = events or _FIRST_ROOM
         while True:
-            require_memory(self.spec, self.tile, self.target, trace_events=room, held=weight_bytes(self.spec))
-            with World(self.there, self.tile, gpu=self.gpu, instrument=self._traced(room)) as world:
+            require_memory(self.spec, self.tile, self.schedule, self.target, trace_events=room, held=weight_bytes(self.spec))
+            with World(self.there, self.tile, self.schedule, gpu=self.gpu, instrument=self._traced(room)) as world:
                 try:
                     with console.step(f"tracing {ranks_of(self.spec)}, with room for {room} events a {self.where}"):
                         world.run([_other(x) for x in self.problem.tokens])  # loads; leaves other experts' weights in the caches

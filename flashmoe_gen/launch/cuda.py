@@ -19,9 +19,10 @@ from .. import packages
 from ..arch import ARCHS
 from ..cache import Cache, CompiledKernel
 from ..errors import CommError, FlashMoEError, SpecError, UnsupportedError
+from ..programs import TensorBox
 from ..render import render_parts
 from . import streams, tensor_maps
-from .target import TensorBox, loaded
+from .target import loaded
 
 logger = logging.getLogger("flashmoe_gen")
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from ..cache import Cache, CompiledKernel
 from ..errors import CommError, CompileError, FlashMoEError, SpecError
+from ..programs import TensorBox
 from ..render import render_parts
-from .target import TensorBox, loaded
+from .target import loaded
 
 _ALIGN = 256
 _WAIT_MS = 50  # between two looks at whether somebody pressed Ctrl-C

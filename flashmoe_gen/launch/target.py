@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from ..cache import CompiledKernel
 from ..errors import CacheError, FlashMoEError
+from ..programs import TensorBox
 
 T = TypeVar("T")
 _TRIES = 5  # of building what another process removes again before it is loaded
@@ -31,28 +31,6 @@ def loaded(build: Callable[[], CompiledKernel], load: Callable[[CompiledKernel],
             if os.path.lexists(compiled.path):
                 raise
     raise CacheError(f"{compiled.path} was removed {_TRIES} times before it could be loaded: another process clears the cache.")
-
-
-@dataclass(frozen=True)
-class TensorBox:
-    """How a kernel loads matrices ``[count, rows, columns]`` through a tensor map (PTX ISA, Tensor Memory Access).
-
-    Attributes:
-        name: the field of ``MoEArgs`` with their address; ``<name>_expert_stride`` and ``<name>_row_stride`` go with it, or they
-            follow each other.
-        count: the field of ``MoEArgs`` with their number.
-        rows, columns: of one matrix, in elements.
-        box_rows, box_columns: of one load.
-        size: bytes of an element.
-    """
-
-    name: str
-    count: str
-    rows: int
-    columns: int
-    box_rows: int
-    box_columns: int
-    size: int
 
 
 class Memory(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import FlashMoEError
-from .target import TensorBox
+from ..programs import TensorBox
 
 
 def encode(

@@ -69,7 +69,7 @@ def results(way: str, combine: str, delays: tuple[int, ...]) -> list[list[np.nda
     problem, calls = calls_of(len(delays))
     instruments = [fmg.Instrument(delay_ns=1000 * delay) if delay else None for delay in delays]
     placement = fmg.Placement(SLOTS[: len(delays)])
-    ranks = Ranks(spec, tile.replace(combine=combine), placement, instruments=instruments)
+    ranks = Ranks(spec, tile, placement, schedule=fmg.Schedule(combine=combine), instruments=instruments)
     return [
         outputs
         for start in range(0, CALLS, QUEUED)

@@ -115,8 +115,9 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "4 blocks": {"max_blocks": 4},
     "no lag": {"lag": 0},
     "2 ranks, lag 9": {"world_size": 2, "lag": 9},
-    "groups of 5": {"group": 5},
-    "3 ranks, lag 1, groups of 2, 9 blocks each": {"world_size": 3, "lag": 1, "group": 2, "max_blocks": 9},
+    "panels of 5": {"panel": 5},
+    "3 ranks, lag 1, panels of 2, 9 blocks each": {"world_size": 3, "lag": 1, "panel": 2, "max_blocks": 9},
+    "a ring of 2": {"ring": 2},
 }
 
 
@@ -130,7 +131,7 @@ def test_bits_of_a_token_do_not_depend_on_ranks_or_tasks(way: str, launch: str) 
     rng = np.random.default_rng(4)
     for _ in range(3):
         placement = random_placement(rng, spec.num_experts, world_size)
-        ranks = Ranks(spec, tile.replace(**options), placement, max_blocks=max_blocks)
+        ranks = Ranks(spec, tile, placement, schedule=fmg.Schedule(**options), max_blocks=max_blocks)
         cuts = [0, *sorted(int(cut) for cut in rng.integers(0, TOKENS + 1, world_size - 1)), TOKENS]
         parts = [rows_of(case, slice(*ends)) for ends in zip(cuts, cuts[1:])]
         for clean in (True, False):

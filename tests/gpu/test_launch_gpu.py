@@ -311,7 +311,7 @@ def test_more_blocks_than_are_resident_are_refused(way: str) -> None:
 def test_eight_ranks_on_one_gpu(way: str, combine: str) -> None:
     spec, tile = make(way, shape=(144, 208, 11, 3), world_size=8, max_tokens=70)
     problem = Problem(spec)
-    ranks = Ranks(spec, tile.replace(combine=combine), random_placement(np.random.default_rng(1), 11, 8))
+    ranks = Ranks(spec, tile, random_placement(np.random.default_rng(1), 11, 8), schedule=fmg.Schedule(combine=combine))
     for n, counts in enumerate([[70, 0, 1, 33, 5, 0, 16, 17], [0] * 7 + [70], [1] * 8, [0] * 8, [70] * 8]):
         case = inputs_of(problem, spec, counts, KINDS[n], seed=n)
         for y, part in zip(ranks.run(problem, case), case):

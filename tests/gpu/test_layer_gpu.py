@@ -88,7 +88,7 @@ def test_ranks_on_one_gpu(way: str, world_size: int, combine: str) -> None:
     spec, tile = make(way, world_size=world_size)
     problem = Problem(spec)
     slots = [[3, 1, 0], [6, 2, 4, 5], []][:world_size]
-    ranks = Ranks(spec, tile.replace(combine=combine), fmg.Placement(slots))
+    ranks = Ranks(spec, tile, fmg.Placement(slots), schedule=fmg.Schedule(combine=combine))
     single = Ranks(spec.replace(world_size=1), tile)
     rng = np.random.default_rng(0)
     for n in range(40):
@@ -106,7 +106,7 @@ def test_ranks_in_other_dtypes(way: str) -> None:
     spec, tile = make(way, world_size=2, **GPT_OSS)
     problem = Problem(spec)
     for combine in ("route", "rank"):
-        ranks = Ranks(spec, tile.replace(combine=combine), fmg.Placement([[5, 0, 3], [1, 6, 2, 4]]))
+        ranks = Ranks(spec, tile, fmg.Placement([[5, 0, 3], [1, 6, 2, 4]]), schedule=fmg.Schedule(combine=combine))
         for kind in KINDS:
             case = inputs_of(problem, spec, [130, 45], kind)
             for y, part in zip(ranks.run(problem, case), case):
@@ -118,7 +118,7 @@ def test_ranks_in_other_dtypes(way: str) -> None:
 def test_a_placement_set_between_calls_changes_no_result(way: str, combine: str) -> None:
     spec, tile = make(way, world_size=2)
     problem = Problem(spec)
-    ranks = Ranks(spec, tile.replace(combine=combine))
+    ranks = Ranks(spec, tile, schedule=fmg.Schedule(combine=combine))
     case = inputs_of(problem, spec, [150, 33], "uniform")
     first = [y.tobytes() for y in ranks.run(problem, case)]
     for slots in ([[6, 5, 4, 3, 2, 1, 0], []], [[], [0, 6, 1, 5, 3, 4, 2]], [[4, 5, 6], [3, 0, 1, 2]]):
@@ -137,7 +137,7 @@ def test_a_placement_set_between_calls_changes_no_result(way: str, combine: str)
 def test_capacity_drops_the_last_tokens(way: str, capacity: int, combine: str) -> None:
     spec, tile = make(way, capacity=capacity, world_size=2)
     problem = Problem(spec)
-    ranks = Ranks(spec, tile.replace(combine=combine))
+    ranks = Ranks(spec, tile, schedule=fmg.Schedule(combine=combine))
     dropped = 0
     for n, counts in enumerate([[300, 40], [0, 300], [1, 2], [33, 0], [128, 129]]):
         case = inputs_of(problem, spec, counts, KINDS[n], seed=n)
@@ -171,7 +171,7 @@ def test_the_most_experts_and_routes(way: str, combine: str) -> None:
     spec, tile = make(way, shape=(64, 64, 1024, 32), max_tokens=130, world_size=3)
     problem = Problem(spec)
     case = inputs_of(problem, spec, [130, 0, 5], "uniform")
-    for y, part in zip(Ranks(spec, tile.replace(combine=combine)).run(problem, case), case):
+    for y, part in zip(Ranks(spec, tile, schedule=fmg.Schedule(combine=combine)).run(problem, case), case):
         assert_close(problem, part, y, BOUNDS[way])
 
 
@@ -183,7 +183,7 @@ def test_an_expert_named_twice_takes_two_rows(way: str, combine: str) -> None:
     case = inputs_of(problem, spec, [40, 7], "uniform")
     for _, ids, _ in case:
         ids[:, 1] = ids[:, 0]
-    for y, part in zip(Ranks(spec, tile.replace(combine=combine)).run(problem, case), case):
+    for y, part in zip(Ranks(spec, tile, schedule=fmg.Schedule(combine=combine)).run(problem, case), case):
         assert_close(problem, part, y, BOUNDS[way])
 
 
@@ -191,11 +191,11 @@ def test_layers_of_two_programs_share_a_heap() -> None:
     first_spec, first_tile = make(BF16[0], world_size=2)
     second_spec, second_tile = make(BF16[1], shape=(1024, 96, 9, 2), world_size=2, max_tokens=70)
     comms = fmg.comm.local_group(2)
-    first = Problem(first_spec), Ranks(first_spec, first_tile.replace(combine="rank"), comms=comms)
+    first = Problem(first_spec), Ranks(first_spec, first_tile, schedule=fmg.Schedule(combine="rank"), comms=comms)
     case = inputs_of(first[0], first_spec, [20, 300], "uniform")
     first[1].run(first[0], case)
     before = comms[0].heap.bytes
-    second = Problem(second_spec), Ranks(second_spec, second_tile.replace(combine="route"), comms=comms)
+    second = Problem(second_spec), Ranks(second_spec, second_tile, schedule=fmg.Schedule(combine="route"), comms=comms)
     assert comms[0].heap.bytes > before  # the second layer has wider rows, the first more of them
     for n in range(12):
         problem, ranks = (first, second)[n % 2]

@@ -40,8 +40,8 @@ class Scenario:
         experts: int = 5,
         capacity: int | None = None,
         processors: int = 2,
-        ring_slots: int | None = None,
-        group: int = 1,
+        ring: int | None = None,
+        panel: int = 1,
         cluster: int = 1,
         seed: int = 0,
     ) -> None:
@@ -54,14 +54,10 @@ class Scenario:
             spec = fmg.MoESpec(
                 size, 24, experts, 2, dtype="float32", max_tokens=40, world_size=world_size, capacity=capacity
             )
-            tile = fmg.TileConfig(block_m=4, block_n=8, combine=combine, lag=1, group=group, cluster=cluster)
-            world = World(spec, tile=tile, placement=placement, processors=processors, comms=comms)
+            tile = fmg.TileConfig(block_m=4, block_n=8, cluster=cluster)
+            schedule = fmg.Schedule(combine=combine, lag=1, panel=panel, ring=ring)
+            world = World(spec, tile=tile, schedule=schedule, placement=placement, processors=processors, comms=comms)
             self.worlds.append((world, Problem(spec, seed)))
-            if ring_slots is not None:
-                for layer in world.layers:
-                    args = layer._pack.constant
-                    args["ring_slots"] = min(ring_slots, int(args["ring_slots"][0]))
-                    args["max_panel"] = min(int(args["max_panel"][0]), max(1, ring_slots // 2))
         self.calls = [
             [self._call(rank, n, count, seed) for n, count in enumerate(per_rank)] for rank, per_rank in enumerate(counts)
         ]
@@ -109,12 +105,12 @@ def standard() -> list[Scenario]:
     """World sizes 1 to 4, both combine modes, idle ranks, ranks without experts, two layers of different H on one heap."""
     changing = [[7, 0, 33, 1, 16], [0, 20, 1, 17, 5], [40, 0, 0, 9, 2], [3, 3, 38, 0, 0]]
     return [
-        Scenario(1, combine="route", counts=changing[:1], hidden=(16, 32), processors=3, group=4),
-        Scenario(2, combine="route", counts=changing[:2], hidden=(16, 32), ring_slots=2),
-        Scenario(2, combine="rank", counts=changing[:2], group=3, seed=1),
-        Scenario(3, combine="route", counts=changing[:3], slots=[[3, 1, 0, 2, 4], [], []], ring_slots=1),
+        Scenario(1, combine="route", counts=changing[:1], hidden=(16, 32), processors=3, panel=4),
+        Scenario(2, combine="route", counts=changing[:2], hidden=(16, 32), ring=2),
+        Scenario(2, combine="rank", counts=changing[:2], panel=3, seed=1),
+        Scenario(3, combine="route", counts=changing[:3], slots=[[3, 1, 0, 2, 4], [], []], ring=1),
         Scenario(3, combine="rank", counts=changing[:3], slots=[[], [4, 0], [1, 2, 3]], hidden=(32, 16), seed=2),
         Scenario(4, combine="rank", counts=changing, capacity=6, processors=1, seed=3),
-        Scenario(4, combine="route", counts=changing, capacity=3, group=2, seed=4),
-        Scenario(2, combine="route", counts=changing[:2], processors=3, group=3, cluster=2, seed=5),
+        Scenario(4, combine="route", counts=changing, capacity=3, panel=2, seed=4),
+        Scenario(2, combine="route", counts=changing[:2], processors=3, panel=3, cluster=2, seed=5),
     ]

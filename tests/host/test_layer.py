@@ -44,7 +44,7 @@ KERNELS: dict[str, dict[str, Any]] = {
         "hidden_size": 16, "intermediate_size": 18, "top_k": 6, "dtype": "float64", "gate_limit": 0.5, "up_offset": -0.25
     },
 }  # fmt: skip
-TILE = fmg.TileConfig(block_m=8, block_n=24, lag=1)
+TILE = fmg.TileConfig(block_m=8, block_n=24)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,7 +81,7 @@ def cases(draw: Any) -> dict[str, Any]:
         "combine": draw(st.sampled_from(["route", "rank"])),
         "capacity": draw(st.sampled_from([None, None, 1, 5])),
         "processors": draw(st.integers(1, 3)),
-        "group": draw(st.sampled_from([1, 2, 5])),
+        "panel": draw(st.sampled_from([1, 2, 5])),
         "cluster": draw(st.sampled_from([1, 2])),
         "seed": draw(st.integers(0, 1000)),
     }
@@ -90,8 +90,9 @@ def cases(draw: Any) -> dict[str, Any]:
 def build(case: dict[str, Any]) -> tuple[World, Problem, list[Any]]:
     base = problem(case["kernel"], case["experts"])
     spec = base.spec.replace(max_tokens=90, world_size=case["world_size"], capacity=case["capacity"])
-    tile = TILE.replace(combine=case["combine"], group=case["group"], cluster=case["cluster"])
-    world = World(spec, tile=tile, placement=case["placement"], processors=case["processors"])
+    tile = TILE.replace(cluster=case["cluster"])
+    schedule = fmg.Schedule(combine=case["combine"], lag=1, panel=case["panel"])
+    world = World(spec, tile=tile, schedule=schedule, placement=case["placement"], processors=case["processors"])
     inputs = [
         (base.tokens(count, case["seed"] + rank), *routes(spec, count, kind, case["seed"] + rank))
         for rank, (count, kind) in enumerate(zip(case["counts"], case["kinds"]))
@@ -142,13 +143,20 @@ def test_same_bits_at_every_world_size(case: dict[str, Any], data: Any) -> None:
     assert bits(back) == whole
 
 
-@pytest.mark.parametrize("tile", [fmg.TileConfig(block_m=1, block_n=2), fmg.TileConfig(block_m=64, block_n=128, lag=0)])
-def test_same_bits_for_every_tile(tile: fmg.TileConfig) -> None:
+@pytest.mark.parametrize(
+    ("tile", "schedule"),
+    [
+        (fmg.TileConfig(block_m=1, block_n=2), fmg.Schedule()),
+        (fmg.TileConfig(block_m=64, block_n=128), fmg.Schedule(lag=0)),
+        (TILE, fmg.Schedule(lag=9, panel=4, ring=1)),
+    ],
+)
+def test_same_bits_for_every_tile_and_schedule(tile: fmg.TileConfig, schedule: fmg.Schedule) -> None:
     base = problem("fp32 relu", 7)
     spec = base.spec.replace(max_tokens=60)
     inputs = [(base.tokens(60, 1), *routes(spec, 60, "skewed", 1))]
     want = World(spec, tile=TILE).run(base, inputs)
-    assert bits(World(spec, tile=tile).run(base, inputs)[0]) == bits(want[0])
+    assert bits(World(spec, tile=tile, schedule=schedule).run(base, inputs)[0]) == bits(want[0])
 
 
 @pytest.mark.parametrize("shape", [(2880, 2880, 32, 4), (2048, 1408, 60, 4), (704, 96, 1, 1), (64, 2880, 40, 8)])
@@ -173,7 +181,7 @@ def test_real_widths(shape: tuple[int, int, int, int]) -> None:
 def test_eight_ranks(combine: str) -> None:
     base = problem("fp32 relu", 11)
     spec = base.spec.replace(max_tokens=70, world_size=8)
-    world = World(spec, tile=TILE.replace(combine=combine))
+    world = World(spec, tile=TILE, schedule=fmg.Schedule(combine=combine, lag=1))
     for n, counts in enumerate([[70, 0, 1, 33, 5, 0, 16, 17], [0] * 7 + [70], [1] * 8]):
         inputs = [(base.tokens(count, rank), *routes(spec, count, "uniform", rank)) for rank, count in enumerate(counts)]
         for y, (x, ids, weights) in zip(world.run(base, inputs), inputs):
@@ -185,7 +193,8 @@ def test_the_most_experts_and_routes(combine: str) -> None:
     spec = fmg.MoESpec(16, 16, 1024, 32, dtype="float32", max_tokens=130, world_size=3)
     base = Problem(spec)
     inputs = [(base.tokens(n, rank), *routes(spec, n, "uniform", rank)) for rank, n in enumerate((130, 0, 5))]
-    for y, (x, ids, weights) in zip(World(spec, tile=TILE.replace(combine=combine)).run(base, inputs), inputs):
+    world = World(spec, tile=TILE, schedule=fmg.Schedule(combine=combine, lag=1))
+    for y, (x, ids, weights) in zip(world.run(base, inputs), inputs):
         assert relative_error(y, expected(spec, base, x, ids, weights)) <= BOUNDS["float32"]
 
 
@@ -198,7 +207,7 @@ def test_an_expert_named_twice_takes_two_rows() -> None:
         ids[:, 1] = ids[:, 0]
         inputs.append((base.tokens(4, rank), ids, weights))
     for combine in ("route", "rank"):
-        outputs = World(spec, tile=TILE.replace(combine=combine)).run(base, inputs)
+        outputs = World(spec, tile=TILE, schedule=fmg.Schedule(combine=combine, lag=1)).run(base, inputs)
         for y, (x, ids, weights) in zip(outputs, inputs):
             assert relative_error(y, expected(spec, base, x, ids, weights)) <= BOUNDS["float32"]
 

@@ -15,7 +15,7 @@ COUNTS = [[7, 0, 33, 1, 16, 40], [0, 20, 1, 17, 5, 40], [40, 0, 0, 9, 2, 40]]
 
 
 def scenario(combine: str) -> Scenario:
-    return Scenario(3, combine=combine, counts=COUNTS, slots=[[3, 1], [], [4, 2, 0]], processors=3, ring_slots=3)
+    return Scenario(3, combine=combine, counts=COUNTS, slots=[[3, 1], [], [4, 2, 0]], processors=3, ring=3)
 
 
 def source_of(case: Scenario) -> KernelSource:

@@ -32,7 +32,7 @@ def test_what_passes_the_largest_number_comes_back(kind: Any, world_size: int, c
     inputs = [problem.case(60 - 7 * rank, rank) for rank in range(world_size)]
     row, middle = peaks(problem, inputs[0])
     assert (row if kind is LargeRows else middle) > 1.05 * LARGEST
-    for y, case in zip(World(spec, tile=TILE.replace(combine=combine)).run(problem, inputs), inputs):
+    for y, case in zip(World(spec, tile=TILE, schedule=fmg.Schedule(combine=combine)).run(problem, inputs), inputs):
         want = problem.reference(*case)
         assert abs(want).max() < LARGEST and relative_error(y, want) <= BOUNDS["float16"]
 
@@ -42,14 +42,14 @@ def test_the_bits_do_not_depend_on_the_ranks() -> None:
     case = problem.case(60, 0)
     (alone,) = World(SPEC, tile=TILE).run(problem, [case])
     halves = [tuple(part[:25] for part in case), tuple(part[25:] for part in case)]
-    both = World(SPEC.replace(world_size=2), tile=TILE.replace(combine="route")).run(problem, halves)
+    both = World(SPEC.replace(world_size=2), tile=TILE, schedule=fmg.Schedule(combine="route")).run(problem, halves)
     assert b"".join(map(bits, both)) == bits(alone)
 
 
 @pytest.mark.parametrize(("world_size", "combine"), WORLDS)
 def test_bad_weights_stay_in_their_token(world_size: int, combine: str) -> None:
     spec = SPEC.replace(world_size=world_size)
-    problem, world = LargeRows(spec), World(spec, tile=TILE.replace(combine=combine))
+    problem, world = LargeRows(spec), World(spec, tile=TILE, schedule=fmg.Schedule(combine=combine))
     inputs = [problem.case(20, rank) for rank in range(world_size)]
     good = world.run(problem, inputs)
     for _, ids, weights in inputs:

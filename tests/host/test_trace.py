@@ -12,7 +12,7 @@ from world import BOUNDS, Problem, relative_error, routes
 import flashmoe_gen as fmg
 from flashmoe_gen import trace
 from flashmoe_gen.args import WORKS
-from flashmoe_gen.plan import plan_kernel
+from flashmoe_gen.programs import plan_kernel
 
 SPEC = fmg.MoESpec(64, 96, 5, 2, dtype="float32", max_tokens=70)
 WORK = {name: number for number, name in enumerate(WORKS)}
@@ -47,7 +47,7 @@ def test_a_cluster_shares_a_claim(share: str) -> None:
         events = layer.take_trace()
     assert relative_error(y, fmg.reference.moe(SPEC, x, ids, weights, **problem.weights)) <= BOUNDS["float32"]
     plan = plan_kernel(SPEC, tile, "host")
-    for work, tiles in (("gemm1", plan.gemm1_tiles), ("gemm2", plan.gemm2_tiles)):
+    for work, tiles in ((phase.name, phase.tiles) for phase in plan.phases):
         found = Counter(map(tuple, events[events["work"] == WORK[work]]["what"].tolist()))
         assert found == {(block, column): times for block, times in blocks.items() for column in range(tiles)}
 
@@ -59,7 +59,7 @@ def test_holds_every_task_once() -> None:
         blocks = layer.stats().blocks
         assert not len(layer.take_trace()), "taken events are gone"
         plan = plan_kernel(SPEC, layer.tile, "host")
-    for work, tiles in (("gemm1", plan.gemm1_tiles), ("gemm2", plan.gemm2_tiles)):
+    for work, tiles in ((phase.name, phase.tiles) for phase in plan.phases):
         found = Counter(map(tuple, events[events["work"] == WORK[work]]["what"].tolist()))
         assert set(found.values()) == {1}
         assert len(found) == blocks * tiles
@@ -92,7 +92,7 @@ def test_summary_and_file() -> None:
         numbers = trace.summarize(events)
         plan = plan_kernel(SPEC, layer.tile, "host")
         assert numbers.tiles == events["work"].tolist().count(WORK["gemm1"]) + events["work"].tolist().count(WORK["gemm2"])
-        assert numbers.tiles % (plan.gemm1_tiles + plan.gemm2_tiles) == 0
+        assert numbers.tiles % plan.tasks == 0
     assert 0 < numbers.listed <= numbers.first_products <= numbers.last_gemm1 <= numbers.last_gemm2 <= numbers.total
     assert numbers.tail == pytest.approx(numbers.total - numbers.last_gemm2)
     assert 0 < numbers.busy_percent <= 100

@@ -120,13 +120,15 @@ def prebuild(kernels: list[tuple[fmg.MoESpec, str, fmg.TileConfig | None]]) -> N
 class World:
     """A layer on every rank of a local group."""
 
-    def __init__(self, spec: fmg.MoESpec, *, tile: fmg.TileConfig | None = None, placement: fmg.Placement | None = None,
-                 processors: int | None = None, comms: Any = None) -> None:  # fmt: skip
+    def __init__(self, spec: fmg.MoESpec, *, tile: fmg.TileConfig | None = None, schedule: fmg.Schedule | None = None,
+                 placement: fmg.Placement | None = None, processors: int | None = None,
+                 comms: Any = None) -> None:  # fmt: skip
         self.spec = spec
         self.comms = comms or fmg.comm.local_group(spec.world_size)
         self.placement = placement or fmg.Placement.default(spec.num_experts, spec.world_size)
         self.layers = [
-            fmg.MoELayer(spec, target="host", tile=tile, comm=comm, placement=self.placement) for comm in self.comms
+            fmg.MoELayer(spec, target="host", tile=tile, schedule=schedule, comm=comm, placement=self.placement)
+            for comm in self.comms
         ]
         if processors is not None:
             for layer in self.layers:

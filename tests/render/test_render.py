@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 import flashmoe_gen as fmg
+from flashmoe_gen import programs
 from flashmoe_gen.arch import ARCHS
-from flashmoe_gen.render import PARTS, environment, template_dir
+from flashmoe_gen.render import environment, template_dir
 
 BASE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 128, "num_experts": 8, "top_k": 2, "max_tokens": 64}
 
@@ -105,7 +106,9 @@ def test_a_kernel_is_one_readable_text(arch: str, kernel: Any) -> None:
 
 
 def test_every_template_is_used() -> None:
-    used = {part for parts in PARTS.values() for part in parts} | {"host/launcher.cpp", "host/explorer.cpp", "sm80/narrow_ids.cu"}
+    used = {part for arch in ARCHS for part in programs.router_program(arch).parts}
+    used |= {part for name in programs.names() for part in programs.get(name).parts}
+    used |= {"host/launcher.cpp", "host/explorer.cpp", "sm80/narrow_ids.cu"}
     there = {str(path.relative_to(template_dir())) for path in template_dir().rglob("*") if path.is_file()}
     assert used == there
 

@@ -321,4 +321,4 @@ def test_bench_keeps_the_models_that_are_done(run: Runner, tmp_path: Path, monke
     ]
     assert (written["commit"], written["host_us_per_call"], written["ceilings"]["device"]) == ("abc", 41.0, "a GPU")
     assert "qwen3-30b-a3b" in run(line.replace("-m mixtral-8x7b ", ""))[0]
-    assert "Must be 'mma' or 'wgmma'" in run(f"{line} --program simt", 2)[1]
+    assert "Must be one of 'host', 'wgmma', 'mma'" in run(f"{line} --program simt", 2)[1]

@@ -10,8 +10,8 @@ import pytest
 
 import flashmoe_gen as fmg
 from flashmoe_gen.errors import SpecError, UnsupportedError
-from flashmoe_gen.layout import WorkspaceLayout
-from flashmoe_gen.plan import plan_kernel
+from flashmoe_gen.plan import plan_schedule
+from flashmoe_gen.programs import plan_kernel
 from flashmoe_gen.spec import MAX_TOKENS
 
 SPEC: dict[str, Any] = {
@@ -64,8 +64,9 @@ def test_flags_and_names_of_numpy() -> None:
     assert {type(getattr(other, name)) for name in names} == {str} and {
         type(getattr(other, name)) for name in flags
     } == {bool}
-    tile = fmg.TileConfig(**TILE, program=np.str_("mma"), combine=np.str_("rank"))
-    assert repr(tile) == repr(fmg.TileConfig(**TILE, program="mma", combine="rank"))
+    tile = fmg.TileConfig(**TILE, program=np.str_("mma"), math=np.str_("ffma"))
+    assert repr(tile) == repr(fmg.TileConfig(**TILE, program="mma", math="ffma"))
+    assert repr(fmg.Schedule(combine=np.str_("rank"))) == repr(fmg.Schedule(combine="rank"))
 
 
 def test_the_text_is_the_same() -> None:
@@ -150,9 +151,9 @@ def test_placements() -> None:
 def test_counts_that_no_kernel_can_hold(fields: dict[str, Any], count: str) -> None:
     spec = fmg.MoESpec(**{"hidden_size": 64, "intermediate_size": 64, "max_tokens": MAX_TOKENS, **fields})
     tile = fmg.default_tile(spec, "host")
-    most = {"combine": "rank", "local_experts": spec.num_experts, "processors": 2, "planners": 2}
+    most = {"combine": "rank", "local_experts": spec.num_experts, "processors": 2}
     with pytest.raises(UnsupportedError, match=f"max_tokens={MAX_TOKENS} with top_k={spec.top_k} .*{count}"):
-        WorkspaceLayout.of(spec, tile, plan_kernel(spec, tile, "host"), **most)
+        plan_schedule(spec, tile, plan_kernel(spec, tile, "host"), fmg.Schedule(), **most)
     small = spec.replace(max_tokens=4096)
-    sizes = WorkspaceLayout.of(small, tile, plan_kernel(small, tile, "host"), **most).sizes
-    assert max(sizes.values()) < 2**31
+    order = plan_schedule(small, tile, plan_kernel(small, tile, "host"), fmg.Schedule(), **most)
+    assert max(order.arguments().values()) < 2**31
