@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .args import COUNTERS, task_kind
 from .dtypes import get_dtype
 from .errors import SpecError
 from .spec import MAX_WORLD_SIZE, MoESpec
+from .structs import Enum
 from .tile import Combine, Schedule, TileConfig
 from .values import require_counts
 
 CHUNK_TOKENS = 16  # tokens of one dispatch task: a signal's meaning, so the same for every kernel of a heap
 PLANNER_TOKENS = 32  # fewest tokens worth a planner of their own
 WARP = 32
-COUNTER_WORDS = 8 + MAX_WORLD_SIZE  # struct Counters
 _L2_SHARE = 32 << 20  # bytes of one expert's weights that neighbouring M-blocks find in a GPU's L2: measured on H100
 _PANEL = 8
 
@@ -163,6 +164,11 @@ class KernelPlan:
         """Tasks of one M-block, over all phases."""
         return sum(phase.tiles for phase in self.phases)
 
+    @property
+    def task_kind(self) -> Enum:
+        """What a task is: one of the phases."""
+        return task_kind([phase.name for phase in self.phases])
+
     def phase(self, name: str) -> Phase:
         """The phase of that name; raises ``KeyError``."""
         return {phase.name: phase for phase in self.phases}[name]
@@ -262,7 +268,7 @@ def plan_schedule(
     max_panel, lag, ring_slots = _order(spec, tile, plan, schedule, processors)
     ring_slots = max(cluster, min(blocks, ring_slots if schedule.ring is None else schedule.ring))
     max_panel = max(cluster, min(max_panel, ring_slots // 2 // cluster * cluster))
-    column_bits_at = COUNTER_WORDS
+    column_bits_at = COUNTERS.size // 4
     gemm2_done_at = column_bits_at + blocks * plan.column_words
     routes_done_at = gemm2_done_at + blocks
     staged = combine == "rank"

@@ -30,3 +30,4 @@ constexpr int kGemm2Parts = kGemm2Tiles * kCluster;
 constexpr int kChunkTokens = ${plan.chunk_tokens};                  // tokens of one dispatch task; fixed for every kernel of a heap
 constexpr int kPlannerTokens = ${plan.planner_tokens};              // fewest tokens worth a planner of their own
 constexpr int kMaxWorldSize = ${plan.max_world_size};
+${plan.task_kind.cpp}

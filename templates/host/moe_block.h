@@ -19,8 +19,7 @@ DEVICE bool run_task(const Call& call, const Task& task, TileScratch& scratch) {
 DEVICE void process(Group& group, const Call& call, int processor, int processors) {
   const int planners = num_planners(call, processors);
   if (processor < planners) {
-    std::vector<u32> words(std::size_t(call.args.num_experts) * 3 + kTallies);
-    const PlannerScratch scratch(words.data(), call.args.num_experts);
+    PlannerScratch scratch;
     if (!plan_routes(group, call, processor, planners, scratch)) return;
   }
   if (!dispatch(group, call, planners)) return;
@@ -43,11 +42,11 @@ extern "C" void ${name}(
   const Span span(call, Work::kernel, true);
   Group group;
   if (role == Role::scheduler) {
-    std::vector<u32> words(std::size_t(args.local_experts) * 2);
-    schedule(group, call, SchedulerScratch(words.data(), args.local_experts));
+    SystemScratch scratch;
+    schedule(group, call, scratch);
   } else if (role == Role::subscriber) {
-    u32 arrived[kMaxWorldSize];
-    subscribe(group, call, arrived);
+    SystemScratch scratch;
+    subscribe(group, call, scratch.arrived);
   } else {
     process(group, call, int(thread) - 2, int(threads) - 2);
   }

@@ -22,7 +22,7 @@ DEVICE void gemm1_tile(const Call& call, const Task& task, TileScratch& scratch)
     zero_padding(&scratch.rows[r * kPadded], kHidden);
   }
   const u64 expert = task.block.expert_slot;
-  const int first = task.first_column(kIntermediateColumns), columns_end = first + task.columns(kIntermediateColumns);
+  const int first = first_column(task, kIntermediateColumns), columns_end = first + columns_of(task, kIntermediateColumns);
   const int last = columns_end < kIntermediate ? columns_end : kIntermediate;
   Acc* const columns = scratch.columns.data();
   zero_padding(columns, kHidden);
@@ -63,7 +63,7 @@ DEVICE bool gemm2_tile(const Call& call, const Task& task, TileScratch& scratch)
     scratch.refs[r] = find_row(call, task.block.expert_slot, task.block.first_row + r);
   }
   const u64 expert = task.block.expert_slot;
-  const int first = task.first_column(kBlockN), columns_end = first + task.columns(kBlockN);
+  const int first = first_column(task, kBlockN), columns_end = first + columns_of(task, kBlockN);
   const int last = columns_end < kHidden ? columns_end : kHidden;
   Acc* const columns = scratch.columns.data();
   zero_padding(columns, kIntermediate);

@@ -3,20 +3,6 @@
 // Words that a peer polls are doubled by epoch parity: a peer can be one call ahead, never two, because every call
 // waits for the counts of every rank.
 
-enum class Role : u32 { planner, scheduler, subscriber, processor };
-enum class Await : u32 { planners, counts, rows, task, gemm1, returns };
-
-struct Counters {  // local to the rank; two sets, call n clears the set of call n + 1
-  u32 planners_counted;
-  u32 planners_listed;
-  u32 dispatch_ticket;
-  u32 task_ticket;
-  u64 queue;  // queue_word()
-  u32 combine_ticket;
-  u32 left;
-  u32 arrived[kMaxWorldSize];  // per source: leading dispatch chunks that are here, kAllChunks when all are
-};
-static_assert(sizeof(Counters) == 4 * (8 + kMaxWorldSize));  // where the launcher puts what follows
 constexpr u32 kAllChunks = 0x7fffffffu;
 
 struct Call {

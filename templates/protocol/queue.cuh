@@ -2,29 +2,11 @@
 // Numbers in, numbers out: nothing here reads memory or waits. The queue is a list of entries, each with a panel for every
 // phase. A panel is up to `panel` neighbouring M-blocks of one expert; a column tile of all of them comes before the next
 // tile, so that a weight tile is read from memory once. An entry has a ticket for every kCluster M-blocks of every tile.
-enum class TaskKind : u32 { gemm1, gemm2, closed };
-
-// How the members of a cluster share a claim.
-enum class Share : unsigned char {
-  rows,     // each has an M-block of its own: all multiply the same weights
-  columns,  // each has a part of the columns of the tile
-  tiles,    // each has a tile of its own, of neighbouring ones
-};
-
-struct Task {
-  TaskKind kind;
-  u32 serial;  // of its first M-block
-  u32 column;  // tile
-  bool once;   // no other claim reads its weight tile
-  Share share;
-  unsigned char part;  // of the columns of the tile, when they are shared
-  ReadyBlock block;    // no rows: there is nothing to do
-
-  // Where its columns begin and how many it has, when a whole tile has `width`.
-  DEVICE int first_column(int width) const { return int(column) * width + int(part) * (width / kCluster); }
-  DEVICE int columns(int width) const { return share == Share::columns ? width / kCluster : width; }
-};
-static_assert(sizeof(Task) == 32);
+// Where a task's columns begin and how many it has, when a whole tile has `width`.
+DEVICE int first_column(const Task& task, int width) {
+  return int(task.column) * width + int(task.part) * (width / kCluster);
+}
+DEVICE int columns_of(const Task& task, int width) { return task.share == Share::columns ? width / kCluster : width; }
 
 // The queue's word: published entries; above them the M-blocks of a full panel, 0 until the first entry or the last; kClosed
 // when no entry follows.

@@ -3,16 +3,9 @@
 // `lag` panels later, or at once when processors wait for work. So a claimed task waits only for tasks with lower tickets,
 // which run: no cycle.
 
-struct SchedulerScratch {  // local_experts words each
-  u32* rows;         // per local expert, over all sources
-  u32* first_panel;  // panels of the experts before
-
-  DEVICE SchedulerScratch(u32* words, int experts) : rows(words), first_panel(words + experts) {}
-};
-
 // Wait for the counts of EVERY rank, also when there is nothing to do: it bounds how far a peer can run ahead.
 template <class Group>
-DEVICE bool gather_counts(Group& group, const Call& call, const SchedulerScratch& scratch) {
+DEVICE bool gather_counts(Group& group, const Call& call, SystemScratch& scratch) {
   const Span span(call, Work::gather_counts, group.lane == 0);
   const MoEArgs& args = call.args;
   const int experts = args.local_experts;
@@ -46,7 +39,7 @@ DEVICE bool gather_counts(Group& group, const Call& call, const SchedulerScratch
 }
 
 // Panel `m` in expert order; `height` rows make a full one.
-DEVICE ReadyBlock panel_at(const SchedulerScratch& scratch, int experts, u32 height, u32 m) {
+DEVICE ReadyBlock panel_at(const SystemScratch& scratch, int experts, u32 height, u32 m) {
   int low = 0, high = experts - 1;  // the last expert whose first panel is <= m (experts without rows share it with the next)
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -102,7 +95,7 @@ struct Queue {
 
 // Append the ready ones of panels [base, base + group.size).
 template <class Group>
-DEVICE void append_ready(Group& group, const Call& call, const SchedulerScratch& scratch, Queue& queue, u32 base) {
+DEVICE void append_ready(Group& group, const Call& call, const SystemScratch& scratch, Queue& queue, u32 base) {
   const MoEArgs& args = call.args;
   const u32 m = base + group.lane;
   const bool candidate = m < queue.panels && (m >= queue.highest || args.appended[m] != call.epoch);
@@ -146,7 +139,7 @@ DEVICE void publish_entries(Group& group, const Call& call, const Queue& queue, 
 
 // How the M-blocks form panels; leaves first_panel as panel_at() reads it.
 template <class Group>
-DEVICE Queue plan_queue(Group& group, const Call& call, const SchedulerScratch& scratch) {
+DEVICE Queue plan_queue(Group& group, const Call& call, SystemScratch& scratch) {
   const MoEArgs& args = call.args;
   const int experts = args.local_experts;
   u32 rows = 0, blocks = 0, active = 0;
@@ -186,7 +179,7 @@ DEVICE void append_second(Group& group, const Call& call, Queue& queue, u32 last
 }
 
 template <class Group>
-DEVICE void schedule(Group& group, const Call& call, const SchedulerScratch& scratch) {
+DEVICE void schedule(Group& group, const Call& call, SystemScratch& scratch) {
   const MoEArgs& args = call.args;
   if (!gather_counts(group, call, scratch)) return;
   Queue queue = plan_queue(group, call, scratch);

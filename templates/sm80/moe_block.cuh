@@ -5,13 +5,6 @@ constexpr int kThreads = ${plan.threads};
 static_assert(kThreads == kMmaThreads + 32);
 static_assert(kCluster == 1, "a claim is one block's");
 
-// Dynamic shared memory: kWorkBytes for whoever works (stages, staging, scratch), then this.
-struct BlockState {
-  TaskSlot slot[2];
-  alignas(16) u32 sums[(kThreads / 32 + 3) / 4 * 4];  // read four at a time
-};
-static_assert(kWorkBytes % 128 == 0 && kWorkBytes + sizeof(BlockState) <= kSharedBytes);
-
 // Slots are handed over with named barriers on which one side waits and the other only arrives. Their numbers are
 // constants: for a computed one ptxas would reserve all 16.
 constexpr u32 kFullBarrier = 2;   // + slot
@@ -71,8 +64,7 @@ DEVICE void process(BlockGroup& block, const Call& call, char* work, BlockState&
   const int processors = int(gridDim.x) - 1;
   const int planners = num_planners(call, processors);
   if (int(blockIdx.x) < planners) {
-    const PlannerScratch scratch(reinterpret_cast<u32*>(work), call.args.num_experts);
-    if (!plan_routes(block, call, int(blockIdx.x), planners, scratch)) return;
+    if (!plan_routes(block, call, int(blockIdx.x), planners, *reinterpret_cast<PlannerScratch*>(work))) return;
   }
   WarpGroup warp;
   if (block.any(!dispatch(warp, call, planners))) return;  // every warp claims chunks for itself
@@ -86,10 +78,9 @@ DEVICE void process(BlockGroup& block, const Call& call, char* work, BlockState&
 
 DEVICE void run_system(const Call& call, char* work) {
   WarpGroup warp;
-  u32* const words = reinterpret_cast<u32*>(work);
-  const int experts = call.args.local_experts;
-  if (call.role == Role::scheduler) schedule(warp, call, SchedulerScratch(words, experts));
-  if (call.role == Role::subscriber) subscribe(warp, call, words + 2 * experts);
+  SystemScratch& scratch = *reinterpret_cast<SystemScratch*>(work);
+  if (call.role == Role::scheduler) schedule(warp, call, scratch);
+  if (call.role == Role::subscriber) subscribe(warp, call, scratch.arrived);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, ${plan.min_blocks})

@@ -3,12 +3,12 @@ constexpr int kWorkBytes = ${plan.work_bytes};  // of dynamic shared memory: the
 constexpr int kSharedBytes = ${plan.shared_bytes};
 static_assert(kStages * kStageBytes <= kWorkBytes);
 
-// A task and its M-block's rows, resolved by the fetcher warp while the MMA warps run the task before.
-struct TaskSlot {
-  Task task;
-  float weight[kBlockM];        // of the route
-  const Element* row[kBlockM];  // GEMM1: the input row; GEMM2: where the result goes
-};
+// In dynamic shared memory behind the work: slots for a task and its M-block's rows, resolved by the fetcher warp while the MMA
+// warps run the task before.
+//% for struct in block_structs
+${struct.cpp}
+//% endfor
+static_assert(kWorkBytes % 128 == 0 && kWorkBytes + sizeof(BlockState) == kSharedBytes);
 
 // Special registers, read again where they are used: what follows from them would take registers during the products, and where
 // elements are wide there are none left.

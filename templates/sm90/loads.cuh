@@ -1,13 +1,4 @@
 // ---- Loading: what a task brings into the stages, step by step -------------------------------------------------------
-// A task and its M-block's rows, resolved by the fetch warp while the task before runs.
-struct TaskSlot {
-  Task task;
-  u32 spoiled;                   // an abort left rows that must not be published; set before the last stage is full
-  float weight[kBlockM];         // of the route
-  const Element* from[kBlockM];  // GEMM1: the input row
-  Element* to[kBlockM];          // GEMM1: of the intermediate, GEMM2: where the result goes
-};
-
 struct Maps {
   const TensorMap* gate;
   const TensorMap* up;

@@ -13,20 +13,7 @@ constexpr int kLoaderRegisters = ${plan.loader_registers};
 constexpr int kConsumerRegisters = ${plan.consumer_registers};
 static_assert(kLoaderRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters);
 
-// Dynamic shared memory: kWorkBytes for whoever works (stages, patches, scratch), then this.
-constexpr u32 kSlots = 2;
-struct BlockState {
-  TaskSlot slot[kSlots];
-  alignas(16) u32 sums[(kThreads / 32 + 3) / 4 * 4];  // read four at a time
-  u64 stage_full[kStages], stage_empty[kStages];  // mbarriers
-  u64 slot_full[kSlots], slot_empty[kSlots];
-  u64 near_end;        // the loads of a task are nearly all issued: time to claim the next
-  u64 stored[kSlots];  // the consumers have stored a task's results
-  u64 mail_full[kSlots];
-  uint4 mail[kSlots][2];  // a claim of the cluster's first block
-  u32 able[kCluster];     // which blocks of the cluster can run tasks
-};
-static_assert(kWorkBytes % 128 == 0 && kWorkBytes + sizeof(BlockState) <= kSharedBytes);
+constexpr u32 kSlots = sizeof(BlockState::slot) / sizeof(TaskSlot);
 
 constexpr u32 kConsumerBarrier = 1, kLoaderBarrier = 2;  // 0 is __syncthreads()
 constexpr u32 kSlotUsers = 32 * (3 + kConsumerWarps);  // lanes that read a task: for weights, rows, publish, consumers
@@ -60,7 +47,7 @@ DEVICE Task claim_for_all(const Call& call, BlockState& state, u32 side) {
   uint4 words[2];
   memcpy(words, &task, sizeof task);
   for (u32 block = 1; block < kCluster; ++block) {
-    const u32 mail = mapa(shared_address(state.mail[side]), block);
+    const u32 mail = mapa(shared_address(&state.mail[side]), block);
     st_shared_cluster_v4(mail, words[0]);
     st_shared_cluster_v4(mail + 16, words[1]);
     mbarrier_arrive_release_cluster(mapa(shared_address(&state.mail_full[side]), block));  // passes on what the claim acquired
@@ -71,7 +58,9 @@ DEVICE Task claim_for_all(const Call& call, BlockState& state, u32 side) {
 DEVICE Task receive_task(const BlockState& state, const Turn<kSlots>& turn) {
   while (!mbarrier_try_wait_parity_cluster(shared_address(&state.mail_full[turn.index]), turn.phase)) {
   }
-  const uint4 words[2] = {state.mail[turn.index][0], state.mail[turn.index][1]};
+  uint4 words[2];
+  static_assert(sizeof words == sizeof(Task));
+  memcpy(words, &state.mail[turn.index], sizeof words);
   Task task;
   memcpy(&task, words, sizeof task);
   return task;
@@ -218,8 +207,7 @@ DEVICE void process(BlockGroup& block, const Call& call, const Maps& maps, char*
   const int planners = num_planners(call, blocks);
   bool able = true;
   if (int(blockIdx.x) < planners) {
-    const PlannerScratch scratch(reinterpret_cast<u32*>(work), call.args.num_experts);
-    able = plan_routes(block, call, int(blockIdx.x), planners, scratch);
+    able = plan_routes(block, call, int(blockIdx.x), planners, *reinterpret_cast<PlannerScratch*>(work));
   }
   WarpGroup warp;
   able = able && !block.any(!dispatch(warp, call, planners));  // every warp claims chunks for itself
@@ -233,10 +221,9 @@ DEVICE void process(BlockGroup& block, const Call& call, const Maps& maps, char*
 
 DEVICE void run_system(const Call& call, char* work) {
   WarpGroup warp;
-  u32* const words = reinterpret_cast<u32*>(work);
-  const int experts = call.args.local_experts;
-  if (call.role == Role::scheduler) schedule(warp, call, SchedulerScratch(words, experts));
-  if (call.role == Role::subscriber) subscribe(warp, call, words + 2 * experts);
+  SystemScratch& scratch = *reinterpret_cast<SystemScratch*>(work);
+  if (call.role == Role::scheduler) schedule(warp, call, scratch);
+  if (call.role == Role::subscriber) subscribe(warp, call, scratch.arrived);
 }
 
 extern "C" __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, ${plan.min_blocks})

@@ -17,6 +17,16 @@ constexpr u32 kStageBytes = kRowStageBytes + kWeightStageBytes;
 static_assert(kRowBytes == 128 && kStageBytes == ${plan.stage_bytes});
 static_assert(kRowStageBytes % 1024 == 0 && kStageBytes % 1024 == 0, "the swizzle is a function of the address");
 
+constexpr int kWorkBytes = ${plan.work_bytes};  // of dynamic shared memory: the stages, then a patch per consumer warp
+constexpr int kSharedBytes = ${plan.shared_bytes};
+
+// In dynamic shared memory behind the work: slots for a task and its M-block's rows, resolved by the fetch warp while the task
+// before runs, and the barriers of the block.
+//% for struct in block_structs
+${struct.cpp}
+//% endfor
+static_assert(kWorkBytes % 128 == 0 && kWorkBytes + sizeof(BlockState) == kSharedBytes);
+
 // How a tile is multiplied: whole by this block, or split by columns.
 template <bool kSplit>
 struct Shape {

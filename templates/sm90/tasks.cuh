@@ -1,7 +1,4 @@
 // ---- The two GEMM tasks as their consumers see them, and how they are published -----------------------------------------
-constexpr int kWorkBytes = ${plan.work_bytes};  // of dynamic shared memory: the stages, then a patch per consumer warp
-constexpr int kSharedBytes = ${plan.shared_bytes};
-
 // One lane of each consumer warpgroup records what the warpgroup does; a member past the last tile does nothing.
 DEVICE Span span_of(const Call& call, Work work, const Task& task) {
   return Span(call, work, threadIdx.x % 128 == 0 && task.block.rows != 0, task.serial, task.column);
@@ -108,7 +105,7 @@ DEVICE void store_tile(
 template <bool kSplit>
 DEVICE void gemm1_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums<kSplit>& sums, const Patch& patch) {
   constexpr int kColumns = kIntermediateColumns / Shape<kSplit>::kParts;
-  const int first = slot.task.first_column(kIntermediateColumns);
+  const int first = first_column(slot.task, kIntermediateColumns);
   const int lane = int(threadIdx.x % 32);
   const float weight[2] = {slot.weight[first_row() + lane / 4], slot.weight[first_row() + lane / 4 + 8]};
   const auto make_pair = [&](int column, int index, int half) {
@@ -145,7 +142,7 @@ DEVICE void consume_gemm1(const Call& call, const TaskSlot& slot, char* work, co
 // ---- GEMM2: a tile of the expert's result ----
 template <bool kSplit>
 DEVICE void gemm2_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums<kSplit>& sums, const Patch& patch) {
-  const int first = slot.task.first_column(kBlockN);
+  const int first = first_column(slot.task, kBlockN);
   const int lane = int(threadIdx.x % 32);
   const float weight[2] = {slot.weight[first_row() + lane / 4], slot.weight[first_row() + lane / 4 + 8]};
   const auto make_pair = [&](int column, int index, int half) {
