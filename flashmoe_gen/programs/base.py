@@ -20,7 +20,7 @@ PROTOCOL = tuple(
     f"protocol/{part}.cuh"
     for part in (
         "queue", "call", "trace", "delay", "scan", "planner", "dispatch", "subscriber", "rows", "scheduler", "processor",
-        "combine", "leave",
+        "slot", "combine", "leave", "kernel",
     )
 )  # fmt: skip
 

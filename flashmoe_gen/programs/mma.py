@@ -29,7 +29,7 @@ class MmaProgram(BlockProgram):
     parts = (
         "sm80/ptx.cuh", "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
         "common/args.cuh", "common/activation.cuh", *PROTOCOL, "sm80/finished.cuh", "sm80/mma.cuh",
-        "sm80/pipeline.cuh", "sm80/tasks.cuh", "sm80/moe_block.cuh",
+        "sm80/pipeline.cuh", "sm80/party.cuh", "sm80/tasks.cuh", "sm80/moe_block.cuh",
     )  # fmt: skip
 
     def default_tile(self, spec: MoESpec, arch: Arch) -> TileConfig:

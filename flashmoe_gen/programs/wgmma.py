@@ -48,7 +48,7 @@ class WgmmaProgram(BlockProgram):
     parts = (
         "sm80/ptx.cuh", "sm90/ptx.cuh", "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
         "common/args.cuh", "common/activation.cuh", *PROTOCOL, "sm80/finished.cuh", "sm90/pipeline.cuh",
-        "sm90/loads.cuh", "sm90/tasks.cuh", "sm90/moe_block.cuh",
+        "sm80/party.cuh", "sm90/loads.cuh", "sm90/tasks.cuh", "sm90/moe_block.cuh",
     )  # fmt: skip
 
     def default_tile(self, spec: MoESpec, arch: Arch) -> TileConfig:

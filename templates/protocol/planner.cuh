@@ -89,7 +89,7 @@ DEVICE void write_lists(Group& group, const Call& call, u64 first, u64 last, Pla
     const u64 route = start + group.lane;
     const u32 q = route < last ? route_position(args, route) : kNoRoute;
     u32 position = 0;
-    for (int warp = 0; warp < group.warps && start + u64(warp) * group.kWarpLanes < last; ++warp) {  // one after the other: route order
+    for (int warp = 0; warp < group.warps && start + u64(warp) * group.kWarpLanes < last; ++warp) {  // in route order
       if (warp == group.warp_index()) position = group.take_numbers(scratch.base, q, q != kNoRoute);
       group.sync();
     }

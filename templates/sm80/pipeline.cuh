@@ -5,6 +5,8 @@ constexpr int kWarpsN = ${tile.warps_n};
 constexpr int kMmaWarps = kWarpsM * kWarpsN;
 constexpr int kMmaThreads = kMmaWarps * 32;  // the first threads of the block
 constexpr u32 kMmaBarrier = 1;               // barrier 0 is __syncthreads()
+constexpr int kThreads = ${plan.threads};
+static_assert(kThreads == kMmaThreads + 32);
 
 constexpr int kRowBytes = kBlockK * int(sizeof(Element));  // of a stage
 constexpr int kChunks = kRowBytes / 16;

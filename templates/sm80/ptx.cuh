@@ -152,6 +152,17 @@ DEVICE bool bar_red_or(u32 id, u32 count, bool predicate) {
   return any != 0;
 }
 
+// Special Registers: each time from the register, where the compiler would keep what it has read.
+DEVICE u32 mov_tid_x() {
+  u32 index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+DEVICE u32 mov_nctaid_x() {
+  u32 blocks;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
+  return blocks;
+}
 // Special Registers, globaltimer; Miscellaneous, nanosleep.
 DEVICE u64 globaltimer() {
   u64 ns;

@@ -10,16 +10,9 @@ ${struct.cpp}
 //% endfor
 static_assert(kWorkBytes % 128 == 0 && kWorkBytes + sizeof(BlockState) == kSharedBytes);
 
-// Special registers, read again where they are used: what follows from them would take registers during the products, and where
-// elements are wide there are none left.
-//% for name, register, builtin in [("thread_index", "tid", "threadIdx"), ("grid_size", "nctaid", "gridDim")]
-DEVICE u32 ${name}() {
-  if constexpr (sizeof(Element) == 2) return ${builtin}.x;
-  u32 value;
-  asm volatile("mov.u32 %0, %%${register}.x;" : "=r"(value));
-  return value;
+DEVICE void keep_row(TaskSlot& slot, const Task& task, int r, const Call& call, const Row& row) {
+  slot.row[r] = task.kind == TaskKind::gemm1 ? input_row(call, row) : output_row(call, row);
 }
-//% endfor
 
 // ---- Epilogue: staged in shared memory, stored in 16-byte vectors ----
 template <int kColumns>

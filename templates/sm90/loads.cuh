@@ -1,4 +1,9 @@
 // ---- Loading: what a task brings into the stages, step by step -------------------------------------------------------
+DEVICE void keep_row(TaskSlot& slot, const Task& task, int r, const Call& call, const Row& row) {
+  if (task.kind == TaskKind::gemm1) slot.from[r] = input_row(call, row);
+  slot.to[r] = task.kind == TaskKind::gemm1 ? intermediate_row(call, task.serial, r) : output_row(call, row);
+}
+
 struct Maps {
   const TensorMap* gate;
   const TensorMap* up;

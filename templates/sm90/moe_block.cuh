@@ -1,12 +1,9 @@
-// ---- Block program: the last block of the grid runs the OS, the clusters before its own process -----------------------
+// ---- Block program: how the clusters run tasks ------------------------------------------------------------------------
 // A processor is a cluster. A claim gives each of its blocks a task: an M-block, and all multiply the same weights, or, where
 // one M-block has all rows, a tile or a part of the columns of one. A block is one warpgroup that fetches tasks and loads, and
 // two that multiply. The loading warps have one job each: fetch (claim a ticket, wait for its entry, look up its rows),
 // weights, rows, publish. They wait for each other and for the consumers through mbarriers alone, so each is as far ahead as
 // its input allows.
-constexpr int kThreads = ${plan.threads};
-static_assert(kThreads == 128 + kConsumerThreads);
-
 // The multiprocessor's registers, given to who needs them: the sums of a consumer are kBlockN / 2 of its registers.
 constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
 constexpr int kLoaderRegisters = ${plan.loader_registers};
@@ -29,16 +26,6 @@ DEVICE void init_barriers(BlockState& state, const Pipeline& pipeline) {
     mbarrier_init(shared_address(&state.mail_full[side]), 1);
   }
   fence_mbarrier_init();
-}
-
-DEVICE void look_up_rows(const WarpGroup& warp, const Call& call, const Task& task, TaskSlot& slot) {
-  const Span span(call, Work::resolve, warp.lane == 0, task.serial, task.column);
-  const int rows = int(task.block.rows);
-  each_row(warp, call, task.block, 0, rows, [&](int r, const Row& row) {
-    if (task.kind == TaskKind::gemm1) slot.from[r] = input_row(call, row);
-    slot.to[r] = task.kind == TaskKind::gemm1 ? intermediate_row(call, task.serial, r) : output_row(call, row);
-    slot.weight[r] = row.entry.weight;
-  });
 }
 
 // By the first block of a cluster: the next task, also sent to the others. It alone decides that there are no more.
@@ -81,10 +68,10 @@ DEVICE void fetch_tasks(const Call& call, BlockState& state) {
       slot.spoiled = 0;
     }
     warp.sync();  // the lanes below read what the scheduler published after lane 0 acquired it
-    const Task task = slot.task;
-    look_up_rows(warp, call, task, slot);
+    const TaskKind kind = slot.task.kind;
+    look_up_rows(warp, call, slot);
     mbarrier_arrive(shared_address(&state.slot_full[turn.index]));
-    if (task.kind == TaskKind::closed) return;
+    if (kind == TaskKind::closed) return;
     if (member != 0 && warp.lane == 0)  // the mail has been read
       mbarrier_arrive_release_cluster(mapa(shared_address(&state.slot_empty[turn.index]), 0));
     turn.advance();
@@ -173,27 +160,6 @@ DEVICE bool all_able(BlockState& state, bool able) {
   return all != 0;
 }
 
-DEVICE void run_tasks(BlockGroup& block, const Call& call, const Maps& maps, char* work, BlockState& state, bool able) {
-  const Pipeline pipeline{shared_address(work), shared_address(state.stage_full), shared_address(state.stage_empty)};
-  if (threadIdx.x == 0) init_barriers(state, pipeline);
-  fence_proxy_async_shared();  // the planner's scratch was written by ordinary stores, TMA writes over it
-  block.sync();
-  if (!all_able(state, able)) return;
-  const auto again = [&] { return begin_call(call.args, blockIdx.x, gridDim.x, Role::processor); };
-  if (threadIdx.x < 128) {
-    setmaxnreg_dec<kLoaderRegisters>();
-    load_tasks(again(), maps, state, pipeline);
-    bar_sync(kLoaderBarrier, 128);
-    setmaxnreg_inc<kLaunchRegisters>();  // waits until the consumers have given theirs back
-  } else {
-    setmaxnreg_inc<kConsumerRegisters>();
-    consume_tasks(again(), state, work, pipeline);
-    bar_sync(kConsumerBarrier, kConsumerThreads);
-    setmaxnreg_dec<kLaunchRegisters>();
-  }
-  if constexpr (kCluster > 1) barrier_cluster();  // the others use this block's shared memory until they are done
-}
-
 // The other blocks of the OS's cluster have no tasks.
 DEVICE void wait_for_close(const Call& call) {
   wait_until(
@@ -201,30 +167,37 @@ DEVICE void wait_for_close(const Call& call) {
       [&](u64 queue) { return (queue & kClosed) != 0; });
 }
 
-DEVICE void process(BlockGroup& block, const Call& call, const Maps& maps, char* work, BlockState& state) {
-  if (threadIdx.x == 0) maps.prefetch();
-  const int blocks = int(gridDim.x) - 1;  // without the OS
-  const int planners = num_planners(call, blocks);
-  bool able = true;
-  if (int(blockIdx.x) < planners) {
-    able = plan_routes(block, call, int(blockIdx.x), planners, *reinterpret_cast<PlannerScratch*>(work));
-  }
-  WarpGroup warp;
-  able = able && !block.any(!dispatch(warp, call, planners));  // every warp claims chunks for itself
-  if (blockIdx.x < gridDim.x - kCluster) run_tasks(block, call, maps, work, state, able);
-  else if (threadIdx.x == 0) wait_for_close(call);
-  block.sync();
-  // Each part reads the call again rather than hold all of it in registers: the epoch stands until every block has left.
-  const Call end = begin_call(call.args, blockIdx.x, gridDim.x, Role::processor);
-  if (!aborted(end)) combine(warp, end, blocks * (kThreads / 32));
-}
+struct WgmmaParty : BlockParty {
+  const Maps maps;
+  BlockState& state;
 
-DEVICE void run_system(const Call& call, char* work) {
-  WarpGroup warp;
-  SystemScratch& scratch = *reinterpret_cast<SystemScratch*>(work);
-  if (call.role == Role::scheduler) schedule(warp, call, scratch);
-  if (call.role == Role::subscriber) subscribe(warp, call, scratch.arrived);
-}
+  // Every block of a cluster comes here, able or not: the others wait for it.
+  DEVICE void run_tasks(const Call& call, bool able) const {
+    if (blockIdx.x < gridDim.x - kCluster) run_roles(able);
+    else if (threadIdx.x == 0) wait_for_close(call);
+    group.sync();
+  }
+
+  DEVICE void run_roles(bool able) const {
+    const Pipeline pipeline{shared_address(work), shared_address(state.stage_full), shared_address(state.stage_empty)};
+    if (threadIdx.x == 0) init_barriers(state, pipeline);
+    fence_proxy_async_shared();  // the planner's scratch was written by ordinary stores, TMA writes over it
+    group.sync();
+    if (!all_able(state, able)) return;
+    if (threadIdx.x < 128) {
+      setmaxnreg_dec<kLoaderRegisters>();
+      load_tasks(call(Role::processor), maps, state, pipeline);
+      bar_sync(kLoaderBarrier, 128);
+      setmaxnreg_inc<kLaunchRegisters>();  // waits until the consumers have given theirs back
+    } else {
+      setmaxnreg_inc<kConsumerRegisters>();
+      consume_tasks(call(Role::processor), state, work, pipeline);
+      bar_sync(kConsumerBarrier, kConsumerThreads);
+      setmaxnreg_dec<kLaunchRegisters>();
+    }
+    if constexpr (kCluster > 1) barrier_cluster();  // the others use this block's shared memory until they are done
+  }
+};
 
 extern "C" __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, ${plan.min_blocks})
     ${name}(
@@ -233,12 +206,7 @@ extern "C" __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads
         const __grid_constant__ TensorMap ring_map) {
   extern __shared__ __align__(1024) char work[];
   BlockState& state = *reinterpret_cast<BlockState*>(work + kWorkBytes);
-  BlockGroup block{state.sums};
-  const bool system = blockIdx.x == gridDim.x - 1;
-  const Role role = !system || threadIdx.x >= 64 ? Role::processor : threadIdx.x < 32 ? Role::scheduler : Role::subscriber;
-  const Call call = begin_call(args, blockIdx.x, gridDim.x, role);
-  const Span span(call, Work::kernel, threadIdx.x == 0);
-  if (system) run_system(call, work);
-  else process(block, call, Maps{&gate_map, &up_map, &down_map, &ring_map}, work, state);
-  leave(block, begin_call(args, blockIdx.x, gridDim.x, role), blockIdx.x, gridDim.x);
+  WgmmaParty party{{args, work, {state.sums}}, {&gate_map, &up_map, &down_map, &ring_map}, state};
+  if (threadIdx.x == 0) party.maps.prefetch();
+  run_party(party);
 }

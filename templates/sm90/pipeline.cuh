@@ -9,6 +9,8 @@ constexpr int kStages = ${tile.stages};
 constexpr int kConsumers = kBlockM / 64;  // warpgroups
 constexpr int kConsumerWarps = kConsumers * 4;
 constexpr int kConsumerThreads = kConsumers * 128;
+constexpr int kThreads = ${plan.threads};
+static_assert(kThreads == 128 + kConsumerThreads);
 
 constexpr int kRowBytes = kBlockK * int(sizeof(Element));
 constexpr u32 kRowStageBytes = kBlockM * kRowBytes;
