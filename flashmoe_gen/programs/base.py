@@ -19,7 +19,7 @@ from ..tile import Combine, TileConfig
 PROTOCOL = tuple(
     f"protocol/{part}.cuh"
     for part in (
-        "queue", "call", "trace", "delay", "scan", "planner", "dispatch", "subscriber", "rows", "scheduler", "processor",
+        "queue", "call", "trace", "delay", "send", "scan", "planner", "dispatch", "subscriber", "rows", "scheduler", "processor",
         "slot", "combine", "leave", "kernel",
     )
 )  # fmt: skip

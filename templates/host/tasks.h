@@ -78,7 +78,7 @@ DEVICE bool gemm2_tile(const Call& call, const Task& task, TileScratch& scratch)
         Acc bias = 0;
         if constexpr (kBias) bias = to_acc(args.down_bias[expert * args.down_bias_expert_stride + (n + c) * args.down_bias_stride]);
         const Acc value = row_element(scratch.sums[r * 2 + c], bias, Acc(scratch.refs[r].entry.weight));
-        remote_store(output_row(call, scratch.refs[r]) + n + c, from_acc(value));
+        send_part(output_row(call, scratch.refs[r]) + n + c, from_acc(value));
       }
     }
   }

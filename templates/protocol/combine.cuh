@@ -67,12 +67,13 @@ DEVICE WeightedRows staged_rows(const Call& call, int source, int token) {
 template <class Group>
 DEVICE void return_sum(Group& group, const Call& call, int source, int token, int slot) {
   const WeightedRows rows = staged_rows(call, source, token);
-  Element* const out = call.return_row(source, token, slot);
+  const auto put = [&] {
+    Element* const out = call.return_row(source, token, slot);
 #pragma unroll 1
-  for (int column = group.lane * kVector; column < kHidden; column += group.size * kVector)
-    remote_store(reinterpret_cast<Vector*>(out + column), rows.sum<4>(column));
-  group.sync();
-  if (group.lane == 0) store_release<Scope::system>(call.return_word(source, token, slot), call.word(1));
+    for (int column = group.lane * kVector; column < kHidden; column += group.size * kVector)
+      send_part(reinterpret_cast<Vector*>(out + column), rows.sum<4>(column));
+  };
+  send_segments(group, call, put, 1, [&](int) { return call.return_word(source, token, slot); });
 }
 
 // The finisher of an M-block: publish its rows [first, last) to their sources. Pairs with wait_returns().
@@ -82,9 +83,9 @@ DEVICE void return_rows(Group& group, const Call& call, const ReadyBlock& block,
   delay(call);
   const MoEArgs& args = call.args;
   if (!args.combine_by_rank) {
-    const Release release;
+    const Signals signals{call};
     each_row(group, call, block, first, last, [&](int, const Row& row) {
-      release.store(call.return_word(row.source, row.token(), row.slot()), call.word(1));
+      signals.raise(call.return_word(row.source, row.token(), row.slot()));
     });
     return;
   }

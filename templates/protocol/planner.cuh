@@ -73,11 +73,11 @@ DEVICE void send_counts(Group& group, const Call& call, int planner, int planner
   delay(call);
   for (int q = planner * group.size + group.lane; q < args.num_experts; q += planners * group.size) {
     const int owner = owner_of(args, q);
-    remote_store(call.count_words(owner, args.rank) + 1 + (q - args.owner_first[owner]), call.word(total[q]));
+    send_word(call, call.count_words(owner, args.rank) + 1 + (q - args.owner_first[owner]), total[q]);
   }
   if (planner != 0) return;
   for (int rank = group.lane; rank < args.world_size; rank += group.size)
-    remote_store(call.count_words(rank, args.rank), call.word(u32(call.tokens)));
+    send_word(call, call.count_words(rank, args.rank), u32(call.tokens));
 }
 
 template <class Group>
@@ -105,11 +105,11 @@ DEVICE void write_lists(Group& group, const Call& call, u64 first, u64 last, Pla
       args.route_target[route] = live ? owner << 8 | slot : -1;
       if (live) {
         const ListEntry entry{u32(token) << 8 | u32(slot), args.topk_weights[route]};
-        remote_store(call.list(owner, args.rank) + ordinal, entry);
+        send_part(call.list(owner, args.rank) + ordinal, entry);
       }
       if (args.combine_by_rank) {  // each owner finds all its routes of a token here, in route order
         for (int rank = 0; rank < args.world_size; ++rank)
-          remote_store(call.ordinals(rank, args.rank) + route, live && rank == owner ? int(ordinal) : -1);
+          send_part(call.ordinals(rank, args.rank) + route, live && rank == owner ? int(ordinal) : -1);
       }
     }
   }

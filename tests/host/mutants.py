@@ -14,21 +14,22 @@ from flashmoe_gen.cache import Cache
 from flashmoe_gen.launch.host import HostKernel
 
 MUTANTS = {
-    "dropped release of rows": (
-        "store_release<Scope::system>(call.chunk_words(rank, args.rank) + chunk, call.word(1));",
-        "store_relaxed(call.chunk_words(rank, args.rank) + chunk, call.word(1));",
+    "dropped release of segments": (
+        "if (u64* const word = word_at(i)) store_release<Scope::system>(word, call.word(1));",
+        "if (u64* const word = word_at(i)) store_relaxed(word, call.word(1));",
     ),
-    "dropped release of returns": (
-        "release.store(call.return_word(row.source, row.token(), row.slot()), call.word(1));",
-        "store_relaxed(call.return_word(row.source, row.token(), row.slot()), call.word(1));",
+    "dropped release of token rows": (
+        "send_segments(group, call, rows, args.world_size, word_at);",
+        "rows(); for (int i = 0; i < args.world_size; ++i) if (word_at(i)) store_relaxed(word_at(i), call.word(1));",
     ),
+    "dropped release of returns": ("release.store(word, call.word(1));", "store_relaxed(word, call.word(1));"),
     "dispatch does not wait for lists": (
         "  bool listed = true;\n  if (group.lane == 0) {",
         "  bool listed = true;\n  if (group.lane < 0) {",
     ),
     "rows released to the rank alone": (
-        "store_release<Scope::system>(call.return_word(source, token, slot), call.word(1));",
-        "store_release<Scope::device>(call.return_word(source, token, slot), call.word(1));",
+        "send_segments(group, call, put, 1, [&](int) { return call.return_word(source, token, slot); });",
+        "put(); store_release<Scope::device>(call.return_word(source, token, slot), call.word(1));",
     ),
     "unchecked epoch of words": (
         "[&](u64 epoch) { return epoch == call.epoch; });",
