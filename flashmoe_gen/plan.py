@@ -221,7 +221,7 @@ class SchedulePlan:
         rows_per_source: most of them that one source rank sends.
         blocks: most M-blocks of a call.
         lag, max_panel, ring_slots: as :class:`~flashmoe_gen.Schedule` has ``lag``, ``panel`` and ``ring``, none of them open.
-        column_bits_at, gemm2_done_at, routes_done_at: word offsets in a counter set.
+        column_bits_at, done_parts_at, routes_done_at: word offsets in a counter set.
         set_words: words of a counter set.
         staged: whether rows wait here until all of a token's are done (``combine="rank"``).
     """
@@ -233,14 +233,14 @@ class SchedulePlan:
     max_panel: int
     ring_slots: int
     column_bits_at: int
-    gemm2_done_at: int
+    done_parts_at: int
     routes_done_at: int
     set_words: int
     staged: bool
 
     def arguments(self) -> dict[str, int]:
         """The fields of ``MoEArgs`` that it decides."""
-        names = ("lag", "max_panel", "ring_slots", "column_bits_at", "gemm2_done_at", "routes_done_at", "set_words")
+        names = ("lag", "max_panel", "ring_slots", "column_bits_at", "done_parts_at", "routes_done_at", "set_words")
         same = {name: getattr(self, name) for name in names}
         return {**same, "staged_stride": self.rows_per_source, "combine_by_rank": int(self.staged)}
 
@@ -269,8 +269,8 @@ def plan_schedule(
     ring_slots = max(cluster, min(blocks, ring_slots if schedule.ring is None else schedule.ring))
     max_panel = max(cluster, min(max_panel, ring_slots // 2 // cluster * cluster))
     column_bits_at = COUNTERS.size // 4
-    gemm2_done_at = column_bits_at + blocks * plan.column_words
-    routes_done_at = gemm2_done_at + blocks
+    done_parts_at = column_bits_at + blocks * plan.column_words
+    routes_done_at = done_parts_at + blocks
     staged = combine == "rank"
     set_words = ceil_div(routes_done_at + (spec.world_size * spec.max_tokens if staged else 0), 4) * 4
     require_counts(
@@ -280,7 +280,7 @@ def plan_schedule(
         counter_words=set_words,
     )
     return SchedulePlan(
-        rows, per_source, blocks, lag, max_panel, ring_slots, column_bits_at, gemm2_done_at, routes_done_at, set_words, staged
+        rows, per_source, blocks, lag, max_panel, ring_slots, column_bits_at, done_parts_at, routes_done_at, set_words, staged
     )
 
 

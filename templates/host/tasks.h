@@ -44,7 +44,7 @@ DEVICE void gemm1_tile(const Call& call, const Task& task, TileScratch& scratch)
           from_acc(intermediate_element(scratch.sums[r * 2], scratch.sums[r * 2 + 1], gate_bias, up_bias, weight));
     }
   }
-  publish_gemm1(call, task);
+  publish_tile(call, task);
 }
 
 // A tile of the expert's result, two columns at a time. False when the call is aborted.
@@ -54,7 +54,7 @@ DEVICE bool gemm2_tile(const Call& call, const Task& task, TileScratch& scratch)
   const int rows = int(task.block.rows);
   constexpr int kPadded = padded(kIntermediate);
   for (int begin = 0; begin < kIntermediate; begin += kPartColumns) {
-    if (!wait_gemm1(call, task.serial, u32(begin / kPartColumns))) return false;
+    if (!wait_part(call, task.serial, u32(begin / kPartColumns))) return false;
     const int end = begin + kPartColumns < kIntermediate ? begin + kPartColumns : kIntermediate;
     for (int r = 0; r < rows; ++r) convert_row(&scratch.rows[r * kPadded], intermediate_row(call, task.serial, r), begin, end);
   }
@@ -82,7 +82,7 @@ DEVICE bool gemm2_tile(const Call& call, const Task& task, TileScratch& scratch)
       }
     }
   }
-  if (publish_gemm2(call, task)) {
+  if (finish_tile(call, task)) {
     Group group;
     return_rows(group, call, task.block, 0, rows);
   }

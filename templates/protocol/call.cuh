@@ -18,7 +18,7 @@ struct Call {
 
   DEVICE Counters& counters() const { return *reinterpret_cast<Counters*>(set); }
   DEVICE u32* column_bits(u32 serial) const { return set + args.column_bits_at + u64(serial) * kColumnWords; }
-  DEVICE u32* gemm2_done(u32 serial) const { return set + args.gemm2_done_at + serial; }
+  DEVICE u32* done_parts(u32 serial) const { return set + args.done_parts_at + serial; }
   DEVICE u32* routes_done(int source, int token) const {
     return set + args.routes_done_at + u64(source) * args.max_tokens + token;
   }

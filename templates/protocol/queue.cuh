@@ -13,7 +13,34 @@ DEVICE int columns_of(const Task& task, int width) { return task.share == Share:
 constexpr u64 kClosed = u64(1) << 63;
 DEVICE u64 queue_word(u32 entries, u32 panel, bool closed) { return u64(panel) << 32 | entries | (closed ? kClosed : 0); }
 
-constexpr u32 kPanelTiles = kGemm1Tiles + kGemm2Tiles;  // of an M-block, in all phases
+DEVICE constexpr u32 tiles_before(u32 phase) {  // of an M-block
+  u32 tiles = 0;
+  for (u32 i = 0; i < phase; ++i) tiles += u32(kPhases[i].tiles);
+  return tiles;
+}
+constexpr u32 kPanelTiles = tiles_before(kNumPhases);
+constexpr u32 kLastTiles = u32(kPhases[kNumPhases - 1].tiles);
+constexpr u32 kDoneParts = kLastTiles * kCluster;  // parts of tiles of the last phase: an M-block with so many is done
+
+// The phase of the tile that comes at `tile` of all of an M-block's, and where the phase begins among them.
+struct PhaseOfTile {
+  u32 phase, first;
+};
+template <u32 kPhase = 0>
+DEVICE PhaseOfTile phase_of(u32 tile) {
+  constexpr u32 kFirst = tiles_before(kPhase), kNext = tiles_before(kPhase + 1);
+  if constexpr (kPhase + 1 < kNumPhases)
+    if (tile >= kNext) return phase_of<kPhase + 1>(tile);
+  return {kPhase, kFirst};
+}
+template <u32 kPhase = 0>
+DEVICE u32 tiles_of(TaskKind kind) {
+  constexpr u32 kTiles = u32(kPhases[kPhase].tiles);
+  if constexpr (kPhase + 1 < kNumPhases)
+    if (u32(kind) != kPhase) return tiles_of<kPhase + 1>(kind);
+  return kTiles;
+}
+
 DEVICE u32 entry_tickets(u32 panel) { return panel / kCluster * kPanelTiles; }
 
 enum class Found { waiting, task, closed };  // an entry to come, one that is there, none
@@ -34,10 +61,10 @@ DEVICE Position decode(u32 ticket, u64 queue) {
   if (at.entry >= u32(queue)) return at;
   const u32 offset = ticket - at.entry * claims * kPanelTiles;
   const u32 tile = offset / claims;
-  const bool second = tile >= u32(kGemm1Tiles);
+  const PhaseOfTile of = phase_of(tile);
   at.found = Found::task;
-  at.kind = second ? TaskKind::gemm2 : TaskKind::gemm1;
-  at.column = second ? tile - kGemm1Tiles : tile;
+  at.kind = TaskKind(of.phase);
+  at.column = tile - of.first;
   at.block = offset % claims * kCluster;
   return at;
 }
@@ -69,7 +96,7 @@ DEVICE Task share_of(Task task, u32 member) {
     task.part = static_cast<unsigned char>(member);
   } else if (task.share == Share::tiles) {
     task.column += member;
-    if (task.column >= u32(task.kind == TaskKind::gemm1 ? kGemm1Tiles : kGemm2Tiles)) task.block.rows = 0;
+    if (task.column >= tiles_of(task.kind)) task.block.rows = 0;
   } else {
     const u32 share = (rows + kCluster - 1) / kCluster, rest = rows - member * share;
     task.serial += member;
@@ -94,9 +121,9 @@ DEVICE u32 blocks_of(u32 rows) {
   return rows / kMost * kCluster + (rest == 0 ? 0 : rest <= u32(kBlockM) ? 1 : kCluster);
 }
 
-// The lag in panels that have so many M-blocks: as many tasks between a GEMM1 and its GEMM2 as `lag` single M-blocks put there.
+// The lag in panels that have so many M-blocks: as many tasks between two phases of one as `lag` single M-blocks put there.
 DEVICE u32 panel_lag(u32 lag, u32 blocks) {
   if (lag == 0) return 0;
-  const u32 between = lag * kPanelTiles - kGemm2Tiles;
-  return ((between + blocks - 1) / blocks + kGemm2Tiles + kPanelTiles - 1) / kPanelTiles;
+  const u32 between = lag * kPanelTiles - kLastTiles;
+  return ((between + blocks - 1) / blocks + kLastTiles + kPanelTiles - 1) / kPanelTiles;
 }

@@ -1,5 +1,5 @@
 // ---- Scheduler: appends work to the task queue as soon as nothing remote is missing for it -----------------------------
-// A panel is appended when all its rows are here and its M-blocks hold slots of the intermediate ring; its GEMM2 follows
+// A panel is appended when all its rows are here and its M-blocks hold slots of the intermediate ring; its next phase follows
 // `lag` panels later, or at once when processors wait for work. So a claimed task waits only for tasks with lower tickets,
 // which run: no cycle.
 
@@ -82,15 +82,16 @@ DEVICE bool rows_arrived(const Call& call, const ReadyBlock& block) {
 
 struct Queue {
   u32 panel = 1;    // M-blocks of a full panel
-  u32 lag = 0;      // panels between a GEMM1 and its GEMM2
+  u32 lag = 0;      // panels between two phases of one
   u32 panels = 0;   // to be appended in this call
   u32 entries = 0;  // written
-  u32 issued = 0;   // panels whose GEMM1 is in the queue
   u32 highest = 0;  // no panel from here on is
-  u32 second = 0;   // panels whose GEMM2 is in the queue
   u32 blocks = 0;   // M-blocks of the issued panels: the next serial
-  u32 retired = 0;  // leading M-blocks whose GEMM2 is finished: their ring slots are free
+  u32 retired = 0;  // leading M-blocks that are done: their ring slots are free
   bool all_here = false;  // all rows of all sources
+  u32 issued[kNumPhases] = {};  // leading panels whose tasks of that phase are in the queue; never more than of the one before
+
+  DEVICE u32 held_back() const { return issued[0] - issued[kNumPhases - 1]; }
 };
 
 // Append the ready ones of panels [base, base + group.size).
@@ -111,21 +112,27 @@ DEVICE void append_ready(Group& group, const Call& call, const SystemScratch& sc
   if (fits) {
     block.serial = queue.blocks + before;
     args.appended[m] = call.epoch;
-    args.ready[queue.issued + order] = block;
+    args.ready[queue.issued[0] + order] = block;
   }
-  group.sync();  // a GEMM2 may be of a panel that another lane has just issued
+  group.sync();  // a later phase may be of a panel that another lane has just issued
   if (fits) {
-    const int second = int(queue.issued + order) - int(queue.lag);
-    ReadyBlock* const entry = args.entries + 2 * u64(queue.entries + order);
+    ReadyBlock* const entry = args.entries + kNumPhases * u64(queue.entries + order);
     entry[0] = block;
-    entry[1] = second >= int(queue.second) ? args.ready[second] : ReadyBlock{};
+#pragma unroll
+    for (u32 phase = 1; phase < kNumPhases; ++phase) {
+      const int panel = int(queue.issued[0] + order) - int(phase * queue.lag);
+      entry[phase] = panel >= int(queue.issued[phase]) ? args.ready[panel] : ReadyBlock{};
+    }
   }
   if (taken != 0 && base + group.size > queue.highest) queue.highest = base + group.size;
   queue.entries += taken;
-  queue.issued += taken;
+  queue.issued[0] += taken;
   queue.blocks += group.sum(fits ? blocks : 0);
-  const int second = int(queue.issued) - int(queue.lag);
-  if (second > int(queue.second)) queue.second = u32(second);
+#pragma unroll
+  for (u32 phase = 1; phase < kNumPhases; ++phase) {
+    const int panels = int(queue.issued[0]) - int(phase * queue.lag);
+    if (panels > int(queue.issued[phase])) queue.issued[phase] = u32(panels);
+  }
 }
 
 template <class Group>
@@ -165,17 +172,24 @@ DEVICE Queue plan_queue(Group& group, const Call& call, SystemScratch& scratch) 
   return queue;
 }
 
-// Entries for the held-back GEMM2 of panels [queue.second, last).
+// Entries for the next `count` panels whose later phases are held back.
 template <class Group>
-DEVICE void append_second(Group& group, const Call& call, Queue& queue, u32 last) {
-  const u32 count = last - queue.second;
+DEVICE void append_held_back(Group& group, const Call& call, Queue& queue, u32 count) {
   for (u32 i = group.lane; i < count; i += group.size) {
-    ReadyBlock* const entry = call.args.entries + 2 * u64(queue.entries + i);
+    ReadyBlock* const entry = call.args.entries + kNumPhases * u64(queue.entries + i);
     entry[0] = ReadyBlock{};
-    entry[1] = call.args.ready[queue.second + i];
+#pragma unroll
+    for (u32 phase = 1; phase < kNumPhases; ++phase) {
+      const u32 panel = queue.issued[phase] + i;
+      entry[phase] = panel < queue.issued[0] ? call.args.ready[panel] : ReadyBlock{};
+    }
   }
   queue.entries += count;
-  queue.second = last;
+#pragma unroll
+  for (u32 phase = 1; phase < kNumPhases; ++phase) {
+    const u32 panels = queue.issued[phase] + count;
+    queue.issued[phase] = panels < queue.issued[0] ? panels : queue.issued[0];
+  }
 }
 
 template <class Group>
@@ -184,27 +198,27 @@ DEVICE void schedule(Group& group, const Call& call, SystemScratch& scratch) {
   if (!gather_counts(group, call, scratch)) return;
   Queue queue = plan_queue(group, call, scratch);
   u32 first = 0;  // every panel before it is appended; the sweep starts here
-  while (queue.second < queue.panels) {
+  while (queue.issued[kNumPhases - 1] < queue.panels) {
     const u32 next = queue.retired + group.lane;
-    const bool done = next < queue.blocks && load_acquire<Scope::device>(call.gemm2_done(next)) == u32(kGemm2Parts);
+    const bool done = next < queue.blocks && load_acquire<Scope::device>(call.done_parts(next)) == kDoneParts;
     queue.retired += group.leading(done);
     queue.all_here = queue.all_here || all_arrived(group, call);
     const u32 before = queue.entries;
-    for (u32 base = first; base < queue.panels && queue.issued < queue.panels; base += group.size) {
+    for (u32 base = first; base < queue.panels && queue.issued[0] < queue.panels; base += group.size) {
       if (u32(args.ring_slots) - (queue.blocks - queue.retired) < queue.panel) break;
       const u32 entries = queue.entries;
       append_ready(group, call, scratch, queue, base);
       if (queue.entries != entries) publish_entries(group, call, queue, false);
     }
-    // The rest of the GEMM2 when all GEMM1 are out; nothing new while a processor waits: the next GEMM2.
-    if (queue.issued == queue.panels) {
-      append_second(group, call, queue, queue.issued);
+    // The rest of the later phases when the first of all is out; nothing new while a processor waits: the next one's.
+    if (queue.issued[0] == queue.panels) {
+      append_held_back(group, call, queue, queue.held_back());
       publish_entries(group, call, queue, false);
-    } else if (queue.entries == before && queue.second < queue.issued) {
+    } else if (queue.entries == before && queue.held_back() != 0) {
       const u32 offered = queue.entries * entry_tickets(queue.panel);
       const bool idle = group.broadcast(load_relaxed(&call.counters().task_ticket), 0) >= offered;
       if (idle) {
-        append_second(group, call, queue, queue.second + 1);
+        append_held_back(group, call, queue, 1);
         publish_entries(group, call, queue, false);
       }
     }

@@ -10,8 +10,8 @@ struct FinishedTiles {
   // After an abort the loads go on with whatever is in memory: no barrier may be left half-arrived. True: more was acquired.
   DEVICE bool wait(u32 part) {
     if (aborted || (word == part / 32 && (bits >> part % 32 & 1) != 0)) return false;
-    u32 seen = 0;  // one lane acquires; pairs with publish_gemm1()
-    if (threadIdx.x % 32 == 0 && wait_gemm1(call, serial, part))
+    u32 seen = 0;  // one lane acquires; pairs with publish_tile()
+    if (threadIdx.x % 32 == 0 && wait_part(call, serial, part))
       seen = load_acquire<Scope::device>(call.column_bits(serial) + part / 32);
     word = part / 32;
     bits = WarpGroup{}.broadcast(seen, 0);  // and orders the loads of all lanes after it

@@ -104,8 +104,8 @@ DEVICE void gemm1_tile(const Call& call, const TaskSlot& slot, char* work) {
   sync_mma();
   Element* const block = intermediate_row(call, task.serial, 0);
   staging.store<kIntermediate>(rows, first, [&](int r) { return block + r * kIntermediate; });
-  sync_mma();  // everyone's stores are before the release in publish_gemm1()
-  if (threadIdx.x == 0) publish_gemm1(call, task);
+  sync_mma();  // everyone's stores are before the release in publish_tile()
+  if (threadIdx.x == 0) publish_tile(call, task);
 }
 
 // ---- GEMM2 ----
@@ -155,8 +155,8 @@ DEVICE void gemm2_tile(const Call& call, const TaskSlot& slot, char* work) {
   gemm2_epilogue(args, task, slot.weight, sums, staging);
   sync_mma();
   staging.store<kHidden>(rows, first, [&](int r) { return const_cast<Element*>(slot.row[r]); });
-  sync_mma();  // everyone's stores are before the release in publish_gemm2()
-  const bool finisher = threadIdx.x == 0 && publish_gemm2(call, task);
+  sync_mma();  // everyone's stores are before the release in finish_tile()
+  const bool finisher = threadIdx.x == 0 && finish_tile(call, task);
   if (!bar_red_or(kMmaBarrier, kMmaThreads, finisher)) return;
   WarpGroup warp;  // all tiles of the M-block are before this barrier: each warp returns its share of the rows
   const int share = int(threadIdx.x) / 32;

@@ -179,10 +179,10 @@ DEVICE void consume_task(const Call& call, const TaskSlot& slot, char* work, con
 DEVICE void publish_task(const Call& call, const Task& task) {
   WarpGroup warp;
   if (task.kind == TaskKind::gemm1) {
-    if (warp.lane == 0) publish_gemm1(call, task);
+    if (warp.lane == 0) publish_tile(call, task);
   } else {
     bool finisher = false;
-    if (warp.lane == 0) finisher = publish_gemm2(call, task);
+    if (warp.lane == 0) finisher = finish_tile(call, task);
     if (warp.any(finisher)) return_rows(warp, call, task.block, 0, int(task.block.rows));
   }
 }

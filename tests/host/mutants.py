@@ -38,16 +38,16 @@ MUTANTS = {
     "unchecked epoch of chunks": ("+ next) >> 32 == call.epoch;", "+ next) >> 32 != 0;"),
     "reused ring slot": (
         "queue.retired += group.leading(done);",
-        "queue.retired = queue.issued + 0 * group.leading(done);",
+        "queue.retired = queue.issued[0] + 0 * group.leading(done);",
     ),
     "words not doubled by parity": ("return Call{args, epoch, epoch & 1,", "return Call{args, epoch, 0,"),
     "counters not cleared": ("call.next_set[i] = 0;", "(void)call.next_set;"),
-    "unpolled GEMM1 tile": ("if (!wait_gemm1(call, task.serial, u32(begin / kPartColumns))) return false;", ""),
+    "unpolled GEMM1 tile": ("if (!wait_part(call, task.serial, u32(begin / kPartColumns))) return false;", ""),
     "part of a GEMM1 tile published as all of it": (
         "task.share == Share::columns ? 1u << task.part : (1u << kCluster) - 1;",
         "(1u << kCluster) - 1;",
     ),
-    "early return of rows": (" + parts == u32(kGemm2Parts);", " == 0;"),
+    "early return of rows": (" + parts == kDoneParts;", " == 0;"),
     "idle ranks do not wait for counts": (
         "if (group.lane == 0) here = wait_word(call, Await::counts, u32(source), words);",
         "if (group.lane == 0 && (experts > 0 || source == args.rank)) here = wait_word(call, Await::counts, u32(source), words);",
