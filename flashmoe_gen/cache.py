@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import env, locks, trust
+from . import env, files, locks, trust
 from .arch import ARCHS, get_arch
 from .compile import Image, compile_text, compiler_identity, file_stem, runs_here
 from .errors import CacheError, CompileError
@@ -196,7 +196,7 @@ class Cache:
         removed, failure = 0, None
         for folder in self._folders():
             try:
-                removed += _discard(folder)
+                removed += files.discard(folder)
             except OSError as error:
                 failure = failure or error
         for arch in ARCHS:
@@ -256,7 +256,7 @@ class Cache:
         draft = entry.with_name(f".building-{entry.name}-{uuid.uuid4().hex[:8]}")
         try:
             trust.make_folder(draft)
-            trust.new_file(draft / f"source{get_arch(record['arch']).source_suffix}").write_text(text, encoding="utf-8")
+            trust.new_file(draft / f"source{ARCHS[record['arch']].source_suffix}").write_text(text, encoding="utf-8")
             trust.new_file(draft / _image_name(record["arch"])).write_bytes(image.data)
             trust.new_file(draft / "build.log").write_text(image.log, encoding="utf-8")
             described = json.dumps(record, indent=1, default=str)
@@ -280,7 +280,7 @@ class Cache:
                 shutil.rmtree(draft, ignore_errors=True)
                 return
             except _DamagedError:
-                _discard(entry)
+                files.discard(entry)
         raise OSError(errno.EBUSY, "the entry is replaced again and again", str(entry))
 
     def _record(self, entry: Path) -> dict[str, Any]:
@@ -307,7 +307,7 @@ class Cache:
         for leftover in self._children(folder):
             with suppress(OSError):
                 if leftover.name.startswith(_LEFTOVERS) and leftover.stat().st_mtime < oldest:
-                    _remove(leftover)
+                    files.remove(leftover)
 
 
 class _DamagedError(Exception):
@@ -322,7 +322,7 @@ def _make(folder: Path) -> None:
 
 
 def _image_name(arch: str) -> str:
-    return f"kernel{get_arch(arch).image_suffix}"
+    return f"kernel{ARCHS[arch].image_suffix}"
 
 
 def _describe(image: Image) -> dict[str, Any]:
@@ -382,22 +382,3 @@ def _entry(folder: Path) -> Entry:
         )
     except (LookupError, TypeError, ValueError) as error:
         raise _DamagedError(str(error)) from error
-
-
-def _discard(entry: Path) -> bool:
-    """Take an entry out of its place in one step, then remove it: nobody sees half of it. False if it is gone already."""
-    grave = entry.with_name(f".broken-{entry.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        os.rename(entry, grave)
-    except FileNotFoundError:
-        return False
-    _remove(grave)
-    return True
-
-
-def _remove(path: Path) -> None:
-    if os.path.isdir(path) and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()

@@ -1,9 +1,10 @@
-"""Files for the user: written in full or not at all."""
+"""Files and folders that are written in full or not at all, and removed in one step."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import uuid
 from contextlib import suppress
@@ -84,3 +85,23 @@ def _error(number: int) -> OSError:
 
 def _refusal(path: Path, error: OSError | ValueError) -> FlashMoEError:
     return FlashMoEError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.")
+
+
+def discard(folder: Path) -> bool:
+    """Take a folder out of its place in one step, then remove it: nobody sees half of it. False if it is gone already."""
+    grave = folder.with_name(f".broken-{folder.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        os.rename(folder, grave)
+    except FileNotFoundError:
+        return False
+    remove(grave)
+    return True
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder and all in it, as far as that can be done."""
+    if os.path.isdir(path) and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

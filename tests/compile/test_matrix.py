@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from flashmoe_gen.arch import ARCHS
+from flashmoe_gen.arch import ARCHS, GPU_ARCHS
 from flashmoe_gen.cache import CompiledKernel
 from flashmoe_gen.cubin import usage
 from flashmoe_gen.errors import SpecError, UnsupportedError
@@ -29,7 +29,6 @@ try:
 except (ImportError, OSError, RuntimeError) as error:
     pytest.skip(f"CuPy or NVRTC cannot be loaded: {error}", allow_module_level=True)
 
-GPU_ARCHS = [name for name, arch in ARCHS.items() if not arch.is_host]
 MAX_SECONDS = 10.0
 # Spills depend on the compiler: with these there are none, with others they are reported.
 PINNED = ("NVRTC 12.9.86", "NVRTC 13.0.88")

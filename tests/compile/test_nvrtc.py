@@ -10,7 +10,7 @@ import pytest
 
 from flashmoe_gen import nvrtc as nvrtc_module
 from flashmoe_gen import packages
-from flashmoe_gen.arch import ARCHS
+from flashmoe_gen.arch import GPU_ARCHS
 from flashmoe_gen.cache import Cache
 from flashmoe_gen.compile import Image, compile_text, compiler_identity, runs_here
 from flashmoe_gen.cubin import logged_spill_bytes, usage
@@ -23,7 +23,6 @@ try:
 except (ImportError, OSError, RuntimeError) as error:
     pytest.skip(f"CuPy or NVRTC cannot be loaded: {error}", allow_module_level=True)
 
-GPU_ARCHS = [name for name, arch in ARCHS.items() if not arch.is_host]
 
 TINY = 'extern "C" __global__ void scale(float* x) { x[threadIdx.x] *= 2; }\n'
 

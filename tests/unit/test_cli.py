@@ -158,7 +158,7 @@ SPECS = {
 @pytest.mark.parametrize("name", SPECS)
 def test_the_recorded_command_makes_the_same_text(run: Runner, name: str, kernel: Any, arch: str) -> None:
     spec = SPECS[name]
-    tiles = [None, fmg.default_tile(spec, arch).replace(lag=1, math=None)] if kernel == "moe" else [None]
+    tiles = [None, fmg.default_tile(spec, arch).replace(stages=4)] if kernel == "moe" else [None]
     for tile in tiles:
         source = fmg.generate(spec, arch=arch, kernel=kernel, tile=tile)
         command = source.metadata["command"]

@@ -20,7 +20,7 @@ GIB = 1 << 30
 
 def require(spec: fmg.MoESpec, trace_events: int = 0, held: int = 0) -> None:
     tile = fmg.default_tile(spec, "host")
-    problem.require_memory(spec, tile, HostTarget(), trace_events=trace_events, held=held)  # type: ignore[arg-type]
+    problem.require_memory(spec, tile, fmg.Schedule(), HostTarget(), trace_events=trace_events, held=held)  # type: ignore[arg-type]
 
 
 def free(monkeypatch: pytest.MonkeyPatch, *amounts: int) -> None:

@@ -475,7 +475,7 @@ def test_options_that_agree() -> None:
 
 
 def test_nvrtc_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(arch_module.ARCHS, "sm_999", arch_module.Arch("sm_999", "sm80", 0, 0))
+    monkeypatch.setitem(arch_module.ARCHS, "sm_999", arch_module.Arch("sm_999", "nvrtc", 0, 0))
     fake_nvrtc(monkeypatch)
     with pytest.raises(UnsupportedError, match=r"NVRTC 12\.2\.140 cannot compile for 'sm_999'"):
         compile_text("", name="k", arch="sm_999")
