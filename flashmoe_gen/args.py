@@ -170,7 +170,7 @@ def mma_structs(block_m: int, threads: int) -> tuple[Struct, ...]:
         "TaskSlot",
         ("task", TASK),
         ("weight", "float", "of the route", (block_m,)),
-        ("row", "const Element*", "GEMM1: the input row; GEMM2: where the result goes", (block_m,)),
+        ("row", "const char*", "GEMM1: the input row; GEMM2: where the result goes", (block_m,)),
     )
     return slot, struct("BlockState", ("slot", slot, "", (2,)), _sums(threads))
 
@@ -182,8 +182,8 @@ def wgmma_structs(block_m: int, threads: int, stages: int, cluster: int) -> tupl
         ("task", TASK),
         ("spoiled", "u32", "an abort left rows that must not be published; set before the last stage is full"),
         ("weight", "float", "of the route", (block_m,)),
-        ("from", "const Element*", "GEMM1: the input row", (block_m,)),
-        ("to", "Element*", "GEMM1: of the intermediate, GEMM2: where the result goes", (block_m,)),
+        ("from", "const char*", "GEMM1: the input row", (block_m,)),
+        ("to", "char*", "GEMM1: of the intermediate, GEMM2: where the result goes", (block_m,)),
     )
     slots = (2,)
     state = struct(
@@ -206,18 +206,18 @@ def wgmma_structs(block_m: int, threads: int, stages: int, cluster: int) -> tupl
 
 MOE_ARGS = struct(
     "MoEArgs",
-    ("x", "const Element*", "[tokens, H] of this rank"),
+    ("x", "const Input*", "[tokens, H] of this rank"),
     ("topk_ids", "const int*", "[tokens, k] global expert ids, < 0: masked"),
     ("topk_weights", "const float*", "[tokens, k]"),
-    ("y", "Element*", "[tokens, H], out"),
+    ("y", "Output*", "[tokens, H], out"),
     ("num_tokens", "const int*", "[1] tokens of this call, or null: all"),
-    ("gate", "const Element*", "[E_local, I, H]"),
-    ("up", "const Element*", "[E_local, I, H]"),
-    ("down", "const Element*", "[E_local, H, I]"),
-    ("gate_bias", "const Element*", "[E_local, I]"),
-    ("up_bias", "const Element*", "[E_local, I]"),
-    ("down_bias", "const Element*", "[E_local, H]"),
-    ("gate_expert_stride", "i64", "all weight and bias strides in elements"),
+    ("gate", "const Weight*", "[E_local, I, H]"),
+    ("up", "const Weight*", "[E_local, I, H]"),
+    ("down", "const Weight*", "[E_local, H, I]"),
+    ("gate_bias", "const Bias*", "[E_local, I]"),
+    ("up_bias", "const Bias*", "[E_local, I]"),
+    ("down_bias", "const Bias*", "[E_local, H]"),
+    ("gate_expert_stride", "i64", "all weight and bias strides in bytes"),
     ("gate_row_stride", "i64", ""),
     ("up_expert_stride", "i64", ""),
     ("up_row_stride", "i64", ""),
@@ -250,8 +250,8 @@ MOE_ARGS = struct(
     ("ready", "ReadyBlock*", "[panels] in the order they entered the queue"),
     ("entries", "ReadyBlock*", "[2 * panels][phase] the queue: whose tasks of each phase an entry hands out"),
     ("appended", "u32*", "[panels, by expert] epoch of the call that appended it"),
-    ("ring", "Element*", "[ring_slots, kBlockM, I] intermediate"),
-    ("staged_rows", "Element*", "[source][staged_stride][H], combine by rank only"),
+    ("ring", "Middle*", "[ring_slots, kBlockM, I] intermediate"),
+    ("staged_rows", "Returned*", "[source][staged_stride][H], combine by rank only"),
     ("counter_sets", "u32*", "two sets of set_words"),
     ("state", "State*", ""),
     ("record", "AbortRecord*", "host-visible"),

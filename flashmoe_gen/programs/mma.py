@@ -28,7 +28,8 @@ class MmaProgram(BlockProgram):
     dtypes = tuple(DTYPES)
     parts = (
         "sm80/ptx.cuh", "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
-        "common/args.cuh", "common/activation.cuh", *PROTOCOL, "sm80/finished.cuh", "sm80/mma.cuh",
+        "common/rows.cuh", "common/args.cuh", "common/bias.cuh", "common/activation.cuh",
+        *PROTOCOL, "sm80/finished.cuh", "sm80/mma.cuh",
         "sm80/pipeline.cuh", "sm80/party.cuh", "sm80/tasks.cuh", "sm80/moe_block.cuh",
     )  # fmt: skip
 

@@ -47,7 +47,8 @@ class WgmmaProgram(BlockProgram):
     dtypes = ("bfloat16", "float16")
     parts = (
         "sm80/ptx.cuh", "sm90/ptx.cuh", "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
-        "common/args.cuh", "common/activation.cuh", *PROTOCOL, "sm80/finished.cuh", "sm90/pipeline.cuh",
+        "common/rows.cuh", "common/args.cuh", "common/bias.cuh", "common/activation.cuh",
+        *PROTOCOL, "sm80/finished.cuh", "sm90/pipeline.cuh",
         "sm80/party.cuh", "sm90/loads.cuh", "sm90/tasks.cuh", "sm90/moe_block.cuh",
     )  # fmt: skip
 

@@ -39,14 +39,14 @@ struct Call {
   DEVICE int* ordinals(int rank, int source) const {
     return heap<int>(rank, args.ordinals_at) + u64(source) * args.list_stride;
   }
-  DEVICE Element* received_row(int rank, int source, int token) const {
+  DEVICE Sent* received_row(int rank, int source, int token) const {
     const u64 place = source < rank ? source : source - 1;  // a rank keeps no room for its own rows
-    return heap<Element>(rank, args.rows_at + place * args.source_stride) + u64(token) * kHidden;
+    return row_at(heap<Sent>(rank, args.rows_at + place * args.source_stride), token, kSentRowBytes);
   }
   // What comes back to `rank` for one of its tokens: a row and its word, written by the owner of the expert.
   DEVICE u64 return_index(int token, int slot) const { return u64(token) * args.return_slots + slot; }
-  DEVICE Element* return_row(int rank, int token, int slot) const {
-    return heap<Element>(rank, args.returns_at) + return_index(token, slot) * kHidden;
+  DEVICE Returned* return_row(int rank, int token, int slot) const {
+    return row_at(heap<Returned>(rank, args.returns_at), return_index(token, slot), kReturnedRowBytes);
   }
   DEVICE u64* return_word(int rank, int token, int slot) const {
     return heap<u64>(rank, args.return_signals_at) + return_index(token, slot);

@@ -28,7 +28,7 @@ struct Sum {
 
 // Up to kTopK rows of one matrix and their weights, in route order.
 struct WeightedRows {
-  const Element* matrix;
+  const Returned* matrix;
   int row[kTopK];  // -1: none
   Acc weight[kTopK];
 
@@ -42,7 +42,7 @@ struct WeightedRows {
       Packed packed[kBatch];
 #pragma unroll
       for (int j = start; j < start + kBatch && j < kTopK; ++j)
-        if (row[j] >= 0) packed[j - start] = *reinterpret_cast<const Packed*>(matrix + u64(row[j]) * kHidden + column);
+        if (row[j] >= 0) packed[j - start] = *reinterpret_cast<const Packed*>(row_at(matrix, row[j], kReturnedRowBytes) + column);
 #pragma unroll
       for (int j = start; j < start + kBatch && j < kTopK; ++j)
         if (row[j] >= 0) sum.add(weight[j], unpacked(packed[j - start]));
@@ -56,7 +56,7 @@ DEVICE WeightedRows staged_rows(const Call& call, int source, int token) {
   const MoEArgs& args = call.args;
   const ListEntry* const list = call.list(args.rank, source);
   WeightedRows rows;
-  rows.matrix = args.staged_rows + u64(source) * args.staged_stride * kHidden;
+  rows.matrix = row_at(args.staged_rows, source * args.staged_stride, kReturnedRowBytes);
 #pragma unroll
   for (int j = 0; j < kTopK; ++j) rows.row[j] = call.ordinals(args.rank, source)[u64(token) * kTopK + j];
 #pragma unroll
@@ -68,7 +68,7 @@ template <class Group>
 DEVICE void return_sum(Group& group, const Call& call, int source, int token, int slot) {
   const WeightedRows rows = staged_rows(call, source, token);
   const auto put = [&] {
-    Element* const out = call.return_row(source, token, slot);
+    Returned* const out = call.return_row(source, token, slot);
 #pragma unroll 1
     for (int column = group.lane * kVector; column < kHidden; column += group.size * kVector)
       send_part(reinterpret_cast<Vector*>(out + column), rows.sum<4>(column));
@@ -147,7 +147,7 @@ DEVICE void combine_columns(Group& group, const Call& call, int token, const Wei
   const Span span(call, Work::combine, group.lane == 0, u32(token), u32(first));
 #pragma unroll 1
   for (int column = first + group.lane * kVector; column < last; column += group.size * kVector)
-    *reinterpret_cast<Vector*>(call.args.y + u64(token) * kHidden + column) = rows.sum<8>(column);
+    *reinterpret_cast<Vector*>(row_at(call.args.y, token, kOutputRowBytes) + column) = rows.sum<8>(column);
 }
 
 // Every processor combines tokens when the task queue is exhausted; the rows it waits for are being computed. Few tokens are

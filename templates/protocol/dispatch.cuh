@@ -17,12 +17,13 @@ DEVICE void dispatch_chunk(Group& group, const Call& call, int chunk) {
   const MoEArgs& args = call.args;
   const int first = chunk * kChunkTokens;
   const int last = first + kChunkTokens < call.tokens ? first + kChunkTokens : call.tokens;
+  static_assert(kSentRowBytes == kInputRowBytes, "rows are sent as they are");
   const auto rows = [&] {
     for (int token = first; token < last; ++token) {
       const u32 owners = owners_of_token(call, token);
       for (int rank = 0; rank < args.world_size; ++rank) {
         if (owners >> rank & 1)
-          remote_copy(group, call.received_row(rank, args.rank, token), args.x + u64(token) * kHidden, kHidden);
+          send_bytes(group, call.received_row(rank, args.rank, token), row_at(args.x, token, kInputRowBytes), kSentRowBytes);
       }
     }
   };

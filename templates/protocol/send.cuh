@@ -7,6 +7,12 @@
 template <class T>
 DEVICE void send_part(T* to, const T& value) { remote_store(to, value); }
 
+// By a group: a multiple of 16 bytes.
+template <class Group>
+DEVICE void send_bytes(Group& group, void* to, const void* from, int bytes) {
+  remote_copy(group, static_cast<char*>(to), static_cast<const char*>(from), bytes);
+}
+
 // A word that is its own signal: {epoch, value}, polled by the peer.
 DEVICE void send_word(const Call& call, u64* to, u32 value) { remote_store(to, call.word(value)); }
 

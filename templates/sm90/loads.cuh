@@ -1,7 +1,9 @@
 // ---- Loading: what a task brings into the stages, step by step -------------------------------------------------------
 DEVICE void keep_row(TaskSlot& slot, const Task& task, int r, const Call& call, const Row& row) {
-  if (task.kind == TaskKind::gemm1) slot.from[r] = input_row(call, row);
-  slot.to[r] = task.kind == TaskKind::gemm1 ? intermediate_row(call, task.serial, r) : output_row(call, row);
+  const bool first = task.kind == TaskKind::gemm1;
+  if (first) slot.from[r] = reinterpret_cast<const char*>(input_row(call, row));
+  void* const to = first ? static_cast<void*>(intermediate_row(call, task.serial, r)) : output_row(call, row);
+  slot.to[r] = static_cast<char*>(to);
 }
 
 struct Maps {

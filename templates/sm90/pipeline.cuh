@@ -112,11 +112,11 @@ struct RowGather {
   int count;                // rows that are there
   const char* from[kRows];  // this lane's chunk of the next step
 
-  DEVICE RowGather(u32 of_lane, const Element* const* rows, int there) : lane(of_lane), count(there) {
+  DEVICE RowGather(u32 of_lane, const char* const* rows, int there) : lane(of_lane), count(there) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int row = int(first_row()) + i * 8;  // in place of an absent one beside it: one that can be read
-      from[i] = i * 8 < count ? reinterpret_cast<const char*>(rows[row < count ? row : count - 1]) + lane % 4 * 16 : nullptr;
+      from[i] = i * 8 < count ? rows[row < count ? row : count - 1] + lane % 4 * 16 : nullptr;
     }
   }
 

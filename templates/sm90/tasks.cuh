@@ -32,13 +32,13 @@ struct Patch {
   }
 
   // The padding of a row has room for the biases of 8 columns: rows 0 to 7 for those of one matrix, the others for a second's.
-  DEVICE Element* biases(int matrix, int column) const {
-    return reinterpret_cast<Element*>(bytes + (matrix * 8 + column / 8) * kStride) + kColumns + column % 8;
+  DEVICE Bias* biases(int matrix, int column) const {
+    return reinterpret_cast<Bias*>(bytes + (matrix * 8 + column / 8) * kStride + kColumns * int(sizeof(Element))) + column % 8;
   }
   // Of two neighbours; `pair` stays what it is where there are none.
   DEVICE void read_biases(int matrix, int column, Acc (&pair)[2]) const {
     if constexpr (!kBias) return;
-    const Element* const from = biases(matrix, column % kColumns);
+    const Bias* const from = biases(matrix, column % kColumns);
 #pragma unroll
     for (int i = 0; i < 2; ++i) pair[i] = to_acc(from[i]);
   }
@@ -52,16 +52,16 @@ DEVICE Patch my_patch(char* work) { return {work + kStages * kStageBytes + (thre
 
 // The biases of an expert's matrix.
 struct Biases {
-  const Element* from;
-  long long stride;
+  const Bias* from;
+  long long stride;  // bytes
 
-  DEVICE Biases(const Element* all, long long expert_stride, long long of_column, const TaskSlot& slot)
-      : from(all + slot.task.block.expert_slot * expert_stride), stride(of_column) {}
+  DEVICE Biases(const Bias* all, long long expert_stride, long long of_column, const TaskSlot& slot)
+      : from(row_at(all, slot.task.block.expert_slot, expert_stride)), stride(of_column) {}
   // Those of two columns, of which a matrix has both or none, into shared memory: all lanes need them, in every row.
-  DEVICE void fetch_pair(Element* to, int column, int width) const {
-    const Element none = from_acc(Acc(0));
-    to[0] = column < width ? from[column * stride] : none;
-    to[1] = column < width ? from[(column + 1) * stride] : none;
+  DEVICE void fetch_pair(Bias* to, int column, int width) const {
+    const Bias none = from_acc(Acc(0));
+    to[0] = column < width ? *row_at(from, column, stride) : none;
+    to[1] = column < width ? *row_at(from, column + 1, stride) : none;
   }
 };
 
@@ -71,9 +71,10 @@ DEVICE void store_tile(
     const Patch& patch, const TaskSlot& slot, int first, const Biases* biases, MakePair make_pair) {
   const int rows = int(slot.task.block.rows) - first_row();
   const int lane = int(threadIdx.x % 32);
-  Element* to[Patch::kLaneVectors];  // read before the first store: the compiler cannot know that none changes them
+  char* to[Patch::kLaneVectors];  // read before the first store: the compiler cannot know that none changes them
 #pragma unroll
-  for (int i = 0; i < Patch::kLaneVectors; ++i) to[i] = slot.to[first_row() + Patch::row(i)] + first + Patch::column();
+  for (int i = 0; i < Patch::kLaneVectors; ++i) 
+    to[i] = slot.to[first_row() + Patch::row(i)] + (first + Patch::column()) * int(sizeof(Element));
 #pragma unroll
   for (int piece = 0; piece < kColumns; piece += Patch::kColumns) {
     if constexpr (kBias) {
@@ -97,7 +98,7 @@ DEVICE void store_tile(
     const bool inside = first + piece + Patch::column() < kWidth;
 #pragma unroll
     for (int i = 0; i < Patch::kLaneVectors; ++i)
-      if (inside && Patch::row(i) < rows) *reinterpret_cast<uint4*>(to[i] + piece) = vector[i];
+      if (inside && Patch::row(i) < rows) *reinterpret_cast<uint4*>(to[i] + piece * int(sizeof(Element))) = vector[i];
   }
 }
 

@@ -20,6 +20,12 @@ HEAD = """#include <cstddef>
 using u32 = std::uint32_t;
 using u64 = std::uint64_t;
 using Element = unsigned short;
+using Input = Element;
+using Weight = Element;
+using Bias = Element;
+using Middle = Element;
+using Returned = Element;
+using Output = Element;
 using Acc = float;
 enum class TaskKind : u32 { closed };
 """
