@@ -21,13 +21,13 @@ from ..cache import Cache, CompiledKernel
 from ..errors import CommError, FlashMoEError, SpecError, UnsupportedError
 from ..programs import TensorBox
 from ..render import render_parts
-from . import streams, tensor_maps
+from . import streams
 from .target import loaded
+from .tensor_maps import TensorMaps
 
 logger = logging.getLogger("flashmoe_gen")
 
 _MOST_BLOCKS = 1 << 20
-_MOST_MAPS = 64  # tensor maps kept; weights that move at every call make new ones
 
 
 def device_count() -> int:
@@ -171,7 +171,7 @@ class CudaTarget:
         device = cupy.cuda.Device()
         self.max_blocks = max_blocks
         self.device = f"cuda:{device.id}"
-        self._maps: dict[Any, np.ndarray[Any, Any]] = {}
+        self._maps = TensorMaps()
         self._kept: deque[tuple[Any, tuple[Any, ...]]] = deque()  # events, and what must live until they are past
         self._captured: list[tuple[Any, ...]] = []
         self.multiprocessors = int(device.attributes["MultiProcessorCount"])
@@ -279,7 +279,7 @@ class CudaTarget:
         return -1 if streams.is_capturing(stream) else stream.ptr or 1  # 1: the legacy default stream
 
     def prepare(self, kernel: Any, args: np.ndarray[Any, Any]) -> tuple[Any, ...]:
-        return tuple(self._tensor_map(box, args[0]) for box in kernel.boxes)
+        return tuple(self._maps.encoded(box, args[0]) for box in kernel.boxes)
 
     def launch(
         self,
@@ -338,20 +338,6 @@ class CudaTarget:
         self._kept.clear()
         self._captured.clear()
         self._maps.clear()
-
-    def _tensor_map(self, box: TensorBox, args: Any) -> np.ndarray[Any, Any]:
-        """The 128-byte tensor map of a box, encoded once per address."""
-        given = [f"{box.name}_expert_stride", f"{box.name}_row_stride"]
-        strides = [int(args[name]) if name in args.dtype.names else 0 for name in given]
-        strides = [stride or follows for stride, follows in zip(strides, (box.rows * box.columns, box.columns))]
-        # A rank without experts has no weights and never loads them, but a map must have an address.
-        pointer, count = int(args[box.name]) or int(args["ring"]), max(1, int(args[box.count]))
-        key = box, pointer, count, *strides
-        if key not in self._maps:
-            if len(self._maps) >= _MOST_MAPS:
-                self._maps.clear()
-            self._maps[key] = tensor_maps.encode(box, pointer, count, *strides)
-        return self._maps[key]
 
     def synchronize(self) -> None:
         import cupy
