@@ -23,7 +23,7 @@ def main() -> None:
     out, stream = cupy.empty_like(case[0]), cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.runtime.deviceSynchronize()
     layer: Any = fmg.MoELayer(spec, target="cuda", stream=stream)
-    packed = layer._pack(*case, experts, out, None)
+    packed = layer._placed.pack(*case, experts, out, None)
 
     def cost(work: Callable[[], Any]) -> tuple[float, float]:
         samples = []
@@ -36,14 +36,14 @@ def main() -> None:
         return round(float(np.median(samples)), 1), round(min(samples), 1)
 
     def launch() -> None:
-        layer._target.launch(layer._kernel, packed.args, layer._workers, stream, packed.prepared)
+        layer._target.launch(layer._fused.kernel, packed.args, layer._fused.workers, stream, packed.prepared)
 
     def spin() -> None:
         total = 0
         for number in range(1000):
             total += number
 
-    pack = cost(lambda: layer._pack(*case, experts, out, None))
+    pack = cost(lambda: layer._placed.pack(*case, experts, out, None))
     print("call", cost(lambda: layer(*case, experts, out=out)), "pack", pack, "launch", cost(launch), "spin", cost(spin))
 
 

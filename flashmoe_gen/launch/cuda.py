@@ -149,6 +149,7 @@ class CudaTarget:
 
     Args:
         max_blocks: the most blocks of one launch; default: as many as are resident at the same time.
+        ranks_here: ranks of the communicator in this process, which share the GPU evenly.
 
     Raises:
         UnsupportedError: CuPy is missing, or no kernels exist for this GPU.
@@ -159,7 +160,7 @@ class CudaTarget:
     synchronous = False
     system_workers = 1  # the block of scheduler and subscriber
 
-    def __init__(self, max_blocks: int | None = None) -> None:
+    def __init__(self, max_blocks: int | None = None, ranks_here: int = 1) -> None:
         require_device()
         import cupy
 
@@ -169,7 +170,7 @@ class CudaTarget:
                 f"and at most {_MOST_BLOCKS}."
             )
         device = cupy.cuda.Device()
-        self.max_blocks = max_blocks
+        self.max_blocks, self.ranks_here = max_blocks, ranks_here
         self.device = f"cuda:{device.id}"
         self._maps = TensorMaps()
         self._kept: deque[tuple[Any, tuple[Any, ...]]] = deque()  # events, and what must live until they are past

@@ -110,13 +110,20 @@ class HostKernel:
 
 
 class HostTarget:
-    """The CPU: kernels are shared libraries, a rank is a set of threads, launches return when the kernel has ended."""
+    """The CPU: kernels are shared libraries, a rank is a set of threads, launches return when the kernel has ended.
+
+    Args:
+        ranks_here: ranks of the communicator in this process, which share the cores evenly.
+    """
 
     name = "host"
     arch = "host"
     device = "cpu"
     synchronous = True
     system_workers = 2  # the scheduler and the subscriber
+
+    def __init__(self, ranks_here: int = 1) -> None:
+        self.ranks_here = ranks_here
 
     def load(
         self,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 
+import flashmoe_gen as fmg
 from flashmoe_gen.args import MOE_ARGS
+from flashmoe_gen.launch import choose
 from flashmoe_gen.launch.tensor_maps import TensorMaps
 from flashmoe_gen.programs import TensorBox
 
@@ -51,3 +54,25 @@ def test_a_tensor_map_is_encoded_once_per_address(encoded: list[tuple[Any, ...]]
     maps.clear()
     maps.encoded(DOWN, args[0])
     assert len(encoded) == 3
+
+
+def test_the_target_is_what_was_named_else_the_environments_else_the_communicators(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = sys.modules["flashmoe_gen.launch.choose"]
+    monkeypatch.setattr(module, "CudaTarget", lambda max_blocks, ranks_here: ("cuda", max_blocks, ranks_here))
+    monkeypatch.setattr(module, "device_count", lambda: 1)
+    monkeypatch.delenv("FLASHMOE_TARGET", raising=False)
+    assert choose(None) == choose("cuda") == ("cuda", None, 1)
+    assert choose("cuda", "host", 8, 2) == ("cuda", 8, 2)
+    assert choose(None, "host").name == "host"
+    monkeypatch.setenv("FLASHMOE_TARGET", "host")
+    assert choose(None, "cuda").name == "host"
+    assert choose("cuda") == ("cuda", None, 1)
+    monkeypatch.delenv("FLASHMOE_TARGET")
+    monkeypatch.setattr(module, "device_count", lambda: 0)
+    assert choose(None).name == "host"
+    with pytest.raises(fmg.SpecError, match="max_blocks= is not valid for target='host'"):
+        choose("host", max_blocks=4)
+    with pytest.raises(fmg.SpecError, match=r"target='gpu' is not valid\. Must be 'host' or 'cuda'"):
+        choose("gpu")
