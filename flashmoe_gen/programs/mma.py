@@ -11,7 +11,7 @@ from ..errors import SpecError
 from ..plan import WARP, KernelPlan, Operand, ceil_div, common_plan, mlp_phases
 from ..spec import MAX_EXPERTS, MoESpec
 from ..tile import TileConfig
-from .base import PROTOCOL, BlockProgram, check_math, check_shared
+from .base import PROTOCOL, PTX, BlockProgram, check_math, check_shared
 
 PLANNER_BYTES = 4 * (3 * MAX_EXPERTS + 4)  # struct PlannerScratch; the scheduler and the subscriber need less
 _ENOUGH_REGISTERS = 160  # of a thread: the accumulators of a warp's 32 x 64 and everything around them
@@ -26,7 +26,7 @@ class MmaProgram(BlockProgram):
     archs = GPU_ARCHS
     dtypes = tuple(DTYPES)
     parts = (
-        "sm80/ptx.cuh", "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
+        *PTX, "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
         "common/args.cuh", "common/activation.cuh", *PROTOCOL, "sm80/finished.cuh", "sm80/mma.cuh",
         "sm80/pipeline.cuh", "sm80/tasks.cuh", "sm80/moe_block.cuh",
     )  # fmt: skip

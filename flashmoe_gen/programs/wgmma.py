@@ -12,7 +12,7 @@ from ..errors import SpecError
 from ..plan import KernelPlan, Operand, ceil_div, common_plan, mlp_phases
 from ..spec import MoESpec
 from ..tile import TileConfig
-from .base import PROTOCOL, BlockProgram, TensorBox, check_math, check_shared
+from .base import PROTOCOL, PTX, BlockProgram, TensorBox, check_math, check_shared
 from .mma import PLANNER_BYTES, sums_bytes
 
 _HINT = "program='mma' takes other tiles."
@@ -45,7 +45,7 @@ class WgmmaProgram(BlockProgram):
     archs = ("sm_90a",)
     dtypes = ("bfloat16", "float16")
     parts = (
-        "sm80/ptx.cuh", "sm90/ptx.cuh", "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
+        *PTX, "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
         "common/args.cuh", "common/activation.cuh", *PROTOCOL, "sm80/finished.cuh", "sm90/pipeline.cuh",
         "sm90/loads.cuh", "sm90/tasks.cuh", "sm90/moe_block.cuh",
     )  # fmt: skip
