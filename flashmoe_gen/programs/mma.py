@@ -26,8 +26,8 @@ class MmaProgram(BlockProgram):
     archs = GPU_ARCHS
     dtypes = tuple(DTYPES)
     parts = (
-        *PTX, "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
-        "common/args.cuh", "common/activation.cuh", *PROTOCOL, "sm80/finished.cuh", "sm80/mma.cuh",
+        *PTX, "gpu/platform.cuh", "common/constants.cuh", "gpu/element.cuh", "common/element.cuh",
+        "common/args.cuh", "common/activation.cuh", *PROTOCOL, "sm80/finished.cuh", "mma/products.cuh",
         "sm80/pipeline.cuh", "sm80/tasks.cuh", "sm80/moe_block.cuh",
     )  # fmt: skip
 

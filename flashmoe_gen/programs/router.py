@@ -65,7 +65,7 @@ _ROUTERS = {
     ),
     "nvrtc": RouterProgram(
         (
-            *PTX, "sm80/platform.cuh", "router/constants.cuh", "sm80/element.cuh", "common/element.cuh",
+            *PTX, "gpu/platform.cuh", "router/constants.cuh", "gpu/element.cuh", "common/element.cuh",
             "common/args.cuh", "router/select.cuh", "sm80/router_block.cuh",
         ),
         # One fragment of the matrix units; six stages of 64 + 64 rows of 128 bytes, which every GPU has room for.

@@ -45,7 +45,7 @@ class WgmmaProgram(BlockProgram):
     archs = ("sm_90a",)
     dtypes = ("bfloat16", "float16")
     parts = (
-        *PTX, "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
+        *PTX, "gpu/platform.cuh", "common/constants.cuh", "gpu/element.cuh", "common/element.cuh",
         "common/args.cuh", "common/activation.cuh", *PROTOCOL, "sm80/finished.cuh", "sm90/pipeline.cuh",
         "sm90/loads.cuh", "sm90/tasks.cuh", "sm90/moe_block.cuh",
     )  # fmt: skip
