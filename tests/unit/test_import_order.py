@@ -19,7 +19,7 @@ ROOT = Path(flashmoe_gen.__file__).parent
 ROOMS = [
     "errors values dtypes arch env files packages trust locks",
     "spec hf_file hf_layers hf_config presets reference instrument",
-    "args tile plan layout",
+    "structs args tile plan layout",
     "programs",
     "library render",
     "compile cubin nvrtc link",

@@ -12,6 +12,18 @@ DEVICE u32 cluster_ctarank() {
   return rank;
 }
 
+// Special Registers: each time from the register, where the compiler would keep what it has read.
+DEVICE u32 mov_tid_x() {
+  u32 index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+DEVICE u32 mov_nctaid_x() {
+  u32 blocks;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
+  return blocks;
+}
+
 // Miscellaneous, nanosleep.
 DEVICE void nanosleep(u32 ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }
 
