@@ -7,13 +7,27 @@ from dataclasses import dataclass
 
 from .arch import get_arch
 from .instrument import Instrument
-from .launch.target import Kernel, Target, loaded
+from .launch.target import Kernel, LaunchShape, Target, loaded
 from .layout import HeapNeeds, WorkspaceLayout
 from .plan import KernelPlan, SchedulePlan, plan_schedule, resolve_combine
 from .programs import resolve
 from .render import generate
 from .spec import MoESpec
 from .tile import Combine, Schedule, TileConfig
+
+
+def launch_shape(spec: MoESpec, tile: TileConfig, arch: str) -> LaunchShape:
+    """What the kernel of a tile asks of its launches."""
+    program = resolve(spec, tile.program, arch)
+    plan = program.plan(spec, tile, get_arch(arch))
+    return LaunchShape(
+        plan.threads,
+        plan.shared_bytes,
+        cluster=tile.cluster,
+        waiting=True,
+        boxes=program.tensor_boxes(spec, tile, plan),
+        min_blocks=plan.min_blocks,
+    )
 
 
 @dataclass(frozen=True)
@@ -49,22 +63,11 @@ class Fused:
         plan = program.plan(spec, tile, get_arch(target.arch))
         kernel = loaded(
             generate(spec, arch=target.arch, tile=tile, instrument=instrument).compile,
-            lambda compiled: target.load(
-                compiled,
-                threads=plan.threads,
-                shared_bytes=plan.shared_bytes,
-                boxes=program.tensor_boxes(spec, tile, plan),
-                # The driver then starts all blocks or none. Not where ranks share a GPU: what the stream of one runs before its
-                # launch, such as the clearing after reset(), may find no room beside another's cooperative launch.
-                cooperative=spec.world_size == 1,
-                cluster=tile.cluster,
-            ),
+            lambda compiled: target.load(compiled, launch_shape(spec, tile, target.arch)),
         )
         target.load_helpers()
-        processors = target.processors(kernel, spec.world_size)
-        return cls(
-            spec, tile, schedule, instrument or Instrument(), target, combine, plan, kernel, processors
-        )
+        processors = target.processors(kernel)
+        return cls(spec, tile, schedule, instrument or Instrument(), target, combine, plan, kernel, processors)
 
     def with_processors(self, processors: int) -> Fused:
         """The same kernel, launched with another number of processors."""

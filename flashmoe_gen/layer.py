@@ -284,7 +284,7 @@ class MoELayer:
         if (ids := packed.wide_ids) is not None:
             count = ids.shape[0] * ids.shape[1]
             self._target.narrow_ids(ids.pointer, count, self._placed.pack.narrow_ids, self.spec.num_experts, stream)
-        self._target.launch(self._fused.kernel, packed.args, self._fused.workers, stream, packed.prepared, stop)
+        self._target.launch(self._fused.kernel, packed.prepared, self._fused.workers, stream, stop)
 
     def stats(self) -> LayerStats:
         """Counts since the layer was made."""

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import flashmoe_gen as fmg
 from flashmoe_gen.args import MOE_ARGS
 from flashmoe_gen.launch import choose
+from flashmoe_gen.launch.config import LaunchConfig
+from flashmoe_gen.launch.cuda import CudaTarget
+from flashmoe_gen.launch.host import HostTarget
+from flashmoe_gen.launch.target import LaunchShape, Prepared
 from flashmoe_gen.launch.tensor_maps import TensorMaps
 from flashmoe_gen.programs import TensorBox
 
@@ -76,3 +83,80 @@ def test_the_target_is_what_was_named_else_the_environments_else_the_communicato
         choose("host", max_blocks=4)
     with pytest.raises(fmg.SpecError, match=r"target='gpu' is not valid\. Must be 'host' or 'cuda'"):
         choose("gpu")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What cuLaunchKernelEx has been given: function, blocks, stream, and the first words of the first two arguments."""
+    calls: list[tuple[Any, ...]] = []
+
+    def launch(config: Any, function: Any, parameters: int, extra: int) -> Any:
+        addresses = (ctypes.c_uint64 * 2).from_address(parameters)
+        words = [ctypes.c_uint32.from_address(address).value for address in addresses]
+        calls.append((int(function), config.gridDimX, int(config.hStream), *words))
+        return (driver.CUresult.CUDA_SUCCESS if config.gridDimX < 1000 else driver.CUresult.CUDA_ERROR_INVALID_VALUE,)
+
+    monkeypatch.setattr(driver, "cuLaunchKernelEx", launch)
+    return calls
+
+
+def attributes(config: LaunchConfig) -> dict[str, Any]:
+    fields = {"CLUSTER_DIMENSION": "clusterDim", "PRIORITY": "priority", "COOPERATIVE": "cooperative"}
+    fields["PROGRAMMATIC_STREAM_SERIALIZATION"] = "programmaticStreamSerializationAllowed"
+    names = [attribute.id.name.removeprefix("CU_LAUNCH_ATTRIBUTE_") for attribute in config._config.attrs]
+    found = {name: getattr(a.value, fields[name]) for name, a in zip(names, config._config.attrs)}
+    assert config._config.numAttrs == len(found)
+    return {name: (v.x, v.y, v.z) if name == "CLUSTER_DIMENSION" else v for name, v in found.items()}
+
+
+def test_a_launch_says_only_what_was_asked_for() -> None:
+    plain = LaunchConfig("k", 1, 384, 2000)
+    assert attributes(plain) == {}
+    assert (plain._config.blockDimX, plain._config.blockDimY, plain._config.sharedMemBytes) == (384, 1, 2000)
+    everything = LaunchConfig("k", 1, 384, cluster=2, cooperative=True, programmatic=True, priority=-3)
+    assert attributes(everything) == {
+        "CLUSTER_DIMENSION": (2, 1, 1), "COOPERATIVE": 1, "PROGRAMMATIC_STREAM_SERIALIZATION": 1, "PRIORITY": -3
+    }  # fmt: skip
+
+
+def test_launches_see_the_struct_as_it_is_then(launched: list[tuple[Any, ...]]) -> None:
+    config, args, beside = LaunchConfig("k", 7, 32), np.array([5], np.uint32), np.array([6], np.uint32)
+    prepared = Prepared(args, [beside])
+    config.launch(prepared.parameters, 3, 0)
+    args[0] = 8
+    config.launch(prepared.parameters, 3, 99)
+    other = prepared.beside(np.array([9], np.uint32))
+    config.launch(other.parameters, 4, 99)
+    assert launched == [(7, 3, 1, 5, 6), (7, 3, 99, 8, 6), (7, 4, 99, 9, 6)]
+    with pytest.raises(fmg.FlashMoEError, match=r"k cannot be launched with 1000 blocks: CUDA_ERROR_INVALID_VALUE"):
+        config.launch(prepared.parameters, 1000, 99)
+
+
+def test_ranks_of_one_process_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert [HostTarget(ranks).processors(None) for ranks in (1, 2, 16)] == [8, 4, 1]
+    assert HostTarget().expected(LaunchShape(0, 0), 4) == (2, 4)
+
+
+def gpu(number: int = 0, ranks_here: int = 1, max_blocks: int | None = None) -> CudaTarget:
+    """A target of a GPU that is not there, with 132 multiprocessors."""
+    target = object.__new__(CudaTarget)
+    target.number, target.device, target.multiprocessors = number, f"cuda:{number}", 132
+    target.ranks_here, target.max_blocks = ranks_here, max_blocks
+    return target
+
+
+@pytest.mark.parametrize("ranks, processors", [(1, 65), (2, 32), (8, 7)])
+def test_ranks_of_one_process_share_the_blocks_of_a_gpu(ranks: int, processors: int) -> None:
+    shape = LaunchShape(384, 0, cluster=2)
+    kernel = SimpleNamespace(shape=shape, max_workers=132)
+    assert gpu(ranks_here=ranks).processors(kernel) == processors == gpu().expected(shape, ranks)[0]
+    assert gpu().workers(kernel, processors) == 2 * processors + 2
+    with pytest.raises(fmg.SpecError, match=rf"max_blocks=140 is not valid\. {ranks} ranks on cuda:0 can have at most {132 // ranks}"):
+        gpu(ranks_here=ranks, max_blocks=140).processors(kernel)
+
+
+def test_targets_say_whose_memory_they_reach() -> None:
+    assert HostTarget().reaches(HostTarget(2)) == gpu().reaches(gpu(ranks_here=2)) == ""
+    assert HostTarget().reaches(gpu()) == "kernels on cpu cannot use the memory of cuda:0"
+    assert gpu(1).reaches(gpu()) == "kernels on cuda:1 cannot use the memory of cuda:0"
