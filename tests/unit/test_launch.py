@@ -152,7 +152,8 @@ def test_ranks_of_one_process_share_the_blocks_of_a_gpu(ranks: int, processors: 
     kernel = SimpleNamespace(shape=shape, max_workers=132)
     assert gpu(ranks_here=ranks).processors(kernel) == processors == gpu().expected(shape, ranks)[0]
     assert gpu().workers(kernel, processors) == 2 * processors + 2
-    with pytest.raises(fmg.SpecError, match=rf"max_blocks=140 is not valid\. {ranks} ranks on cuda:0 can have at most {132 // ranks}"):
+    match = rf"max_blocks=140 is not valid\. {ranks} ranks on cuda:0 can have at most {132 // ranks} resident"
+    with pytest.raises(fmg.SpecError, match=match):
         gpu(ranks_here=ranks, max_blocks=140).processors(kernel)
 
 
