@@ -28,8 +28,7 @@ class PackedCall(NamedTuple):
     """The arguments of one call.
 
     Attributes:
-        args: a ``MoEArgs``.
-        prepared: what the launch passes: ``args``, and what goes with it.
+        prepared: what the launch passes. The next call of the layer changes it.
         result: the array it writes.
         views: all arrays of the call: their addresses in ``args`` are good as long as these live.
         wide_ids: int64 ids that must be narrowed first, or ``None``.
@@ -37,7 +36,6 @@ class PackedCall(NamedTuple):
         lent: whether some memory is there only as long as its view.
     """
 
-    args: Args
     prepared: Prepared
     result: Any
     views: tuple[arrays.View, ...]
@@ -47,7 +45,7 @@ class PackedCall(NamedTuple):
 
 
 class Packer:
-    """Packs the calls of one layer.
+    """Packs the calls of one layer, one after the other: each changes the arguments of the one before in place.
 
     Args:
         spec: the layer.
@@ -73,12 +71,11 @@ class Packer:
         self.narrow_ids = narrow_ids
         self._target, self._kernel, self._comm = target, kernel, comm
         self._local_experts = local_experts
-        self._prepared: tuple[BoundExperts | None, int, bytes, Prepared]
         self.forget()
 
     def forget(self) -> None:
         """Let go of the weights of the last call."""
-        self._prepared = None, -1, b"", Prepared(self.constant)  # weights, generation of the heap, and what is prepared for them
+        self._made: tuple[BoundExperts, int, Prepared] | None = None  # for these weights and this generation of the heap
 
     def __call__(
         self,
@@ -116,29 +113,28 @@ class Packer:
                 # x may be: its rows have all been read when out is written
                 raise SpecError(f"out shares memory with {name}, which is read while out is written. Pass another array.")
         bound = experts.bind(spec, self._local_experts, **where)
-        generation, image, prepared = self._image_for(bound)
-        args = bytearray(image)
+        generation, prepared = self._prepared_for(bound)
+        args = prepared.bytes
         ids_at = self.narrow_ids if wide else ids.pointer
         _POINTERS.pack_into(args, 0, tokens.pointer, ids_at, weights.pointer, y.pointer, counter.pointer if counter else 0)
         _TIMEOUT.pack_into(args, _AT["timeout_ns"], int(env.timeout_s() * 1e9))
         _TOKENS.pack_into(args, _AT["tokens"], limit)
         views = (tokens, ids, weights, y, counter) if counter else (tokens, ids, weights, y)
         lent = bound.lent or any(view.capsule is not None for view in views)
-        packed = np.frombuffer(args, MOE_ARGS.dtype)
-        return PackedCall(packed, prepared.beside(packed), result, (*views, *bound.views), ids if wide else None, generation, lent)
+        return PackedCall(prepared, result, (*views, *bound.views), ids if wide else None, generation, lent)
 
-    def _image_for(self, bound: BoundExperts) -> tuple[int, bytes, Prepared]:
-        """The arguments that stay the same while the weights and the heap do, and what goes with them."""
-        made_for, generation, image, prepared = self._prepared
-        if made_for is not bound or generation != self._comm.generation:
-            generation = self._comm.generation  # before the pointers: if they change meanwhile, it is over
-            args = self.constant.copy()
-            for name, value in (bound.fields | self._comm.heap.arguments()).items():
-                args[name] = value
-            args["peers"][0, : self.spec.world_size] = self._comm.heap_pointers()
-            image, prepared = args.tobytes(), self._target.prepare(self._kernel, args)
-            self._prepared = bound, generation, image, prepared
-        return generation, image, prepared
+    def _prepared_for(self, bound: BoundExperts) -> tuple[int, Prepared]:
+        """The heap's generation, and arguments with what stays the same while the weights and the heap do."""
+        if self._made is not None and self._made[0] is bound and self._made[1] == self._comm.generation:
+            return self._made[1:]
+        generation = self._comm.generation  # before the pointers: if they change meanwhile, it is over
+        args = self.constant.copy()
+        for name, value in (bound.fields | self._comm.heap.arguments()).items():
+            args[name] = value
+        args["peers"][0, : self.spec.world_size] = self._comm.heap_pointers()
+        prepared = self._target.prepare(self._kernel, args)
+        self._made = bound, generation, prepared
+        return generation, prepared
 
 
 def _check_ids(ids: np.ndarray[Any, Any], experts: int) -> None:
