@@ -111,6 +111,7 @@ class Target(Protocol):
         arch: what kernels are generated for.
         device: where arrays must be: ``"cpu"`` or ``"cuda:N"``.
         synchronous: whether a launch has ended when it returns.
+        readable: whether this process can read the arrays of a call, and so check them in advance.
         system_workers: workers of a MoE launch that run its operating system alone.
         ranks_here: ranks of the communicator in this process, which share what the target is.
     """
@@ -119,6 +120,7 @@ class Target(Protocol):
     arch: str
     device: str
     synchronous: bool
+    readable: bool
     system_workers: int
     ranks_here: int
 
