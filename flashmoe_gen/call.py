@@ -126,7 +126,7 @@ class Packer:
         _TIMEOUT.pack_into(args, _TIMEOUT_AT, int(env.timeout_s() * 1e9))
         _TOKENS.pack_into(args, _TOKENS_AT, limit)
         views = (tokens, ids, weights, y, counter) if counter else (tokens, ids, weights, y)
-        lent = bound.lent or [view.capsule for view in views] != [None] * len(views)
+        lent = bound.lent or [view for view in views if view.capsule is not None] != []
         return PackedCall(prepared, result, (*views, *bound.views), ids if wide else None, generation, lent)
 
     def _token_limit(self, num_tokens: Any, count: int, stream: arrays.Ordering) -> tuple[int, arrays.View | None]:
