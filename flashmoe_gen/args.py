@@ -1,88 +1,39 @@
-"""The structs a kernel and its launcher share, each defined once: rendered as C++ here, packed with NumPy there."""
+"""The structs and enums that a kernel shares with its launcher or its plan, each defined once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 
-import numpy as np
+from .spec import MAX_EXPERTS, MAX_WORLD_SIZE
+from .structs import Enum, Struct, struct
 
-from .spec import MAX_WORLD_SIZE
+_WARP = 32
 
-_SCALARS = {"u32": "u4", "int": "i4", "float": "f4", "u64": "u8", "i64": "i8"}
-_CPP = {"i64": "long long"}
-
-
-@dataclass(frozen=True)
-class Field:
-    """One member: C++ type (a scalar, or a pointer written ``T*``), meaning, and length when it is an array."""
-
-    name: str
-    type: str
-    doc: str
-    count: int = 0
-
-    @property
-    def declaration(self) -> str:
-        return f"{_CPP.get(self.type, self.type)} {self.name}" + (f"[{self.count}]" if self.count else "")
-
-    @property
-    def format(self) -> object:
-        base = "u8" if self.type.endswith("*") else _SCALARS[self.type]
-        return (base, (self.count,)) if self.count else base
-
-
-@dataclass(frozen=True)
-class Struct:
-    """A struct with C layout; pointers are 8 bytes."""
-
-    name: str
-    fields: tuple[Field, ...]
-
-    @cached_property
-    def dtype(self) -> np.dtype:
-        """The NumPy structured dtype with the same layout."""
-        names = [field.name for field in self.fields]
-        return np.dtype({"names": names, "formats": [field.format for field in self.fields]}, align=True)
-
-    @property
-    def size(self) -> int:
-        return self.dtype.itemsize
-
-    def zeros(self) -> np.ndarray:
-        """A one-element array of the struct, all zero."""
-        return np.zeros(1, dtype=self.dtype)
-
-
-def _struct(name: str, *fields: tuple[str, str, str] | tuple[str, str, str, int]) -> Struct:
-    return Struct(name, tuple(Field(*field) for field in fields))
-
-
-LIST_ENTRY = _struct(
+LIST_ENTRY = struct(
     "ListEntry",
     ("token_slot", "u32", "token of the source << 8 | slot of the row that comes back"),
     ("weight", "float", "of the route"),
 )
-SEGMENT = _struct(
+SEGMENT = struct(
     "Segment",
     ("first", "u32", "ordinal of the first row among all the source sends here"),
     ("rows", "u32", "for this expert"),
 )
-READY_BLOCK = _struct(
+READY_BLOCK = struct(
     "ReadyBlock",
     ("expert_slot", "u32", "local expert"),
     ("first_row", "u32", "among the expert's rows of all sources"),
-    ("rows", "u32", "of the M-block, or of a whole group of them; 0: there is none"),
-    ("unit", "u32", "number of the (first) M-block in the order of the queue"),
+    ("rows", "u32", "of the M-block, or of a whole panel of them; 0: there is none"),
+    ("serial", "u32", "number of the (first) M-block in the order of the queue"),
 )
-CONTROL = _struct(
+CONTROL = struct(
     "Control",
     ("epoch", "u32", "calls finished on this heap"),
     ("aborted", "u32", "set when a wait missed its deadline; cleared by reset()"),
     ("claimed", "u32", "the record has a writer"),
     ("unused", "u32", ""),
 )
-STATE = _struct(
+STATE = struct(
     "State",
     ("calls", "u32", "of this layer: picks the counter set"),
     ("unused", "u32", ""),
@@ -93,7 +44,7 @@ STATE = _struct(
     ("rows", "u64", "expert rows computed here"),
     ("blocks", "u64", "M-blocks computed here"),
 )
-ABORT_RECORD = _struct(
+ABORT_RECORD = struct(
     "AbortRecord",
     ("filled", "u32", "1 once the rest is valid"),
     ("rank", "u32", "who gave up"),
@@ -104,26 +55,29 @@ ABORT_RECORD = _struct(
     ("expected", "u64", "value waited for"),
     ("seen", "u64", "value last seen"),
 )
-# Names of the C++ enums Role and Await, in order.
-ROLES = ("planner", "scheduler", "subscriber", "processor")
-AWAITS = (
-    "the planners of its rank (phase {detail})",
-    "the counts of rank {detail}",
-    "token rows of rank {detail}",
-    "task {detail} of the queue",
-    "GEMM1 tile {detail}",
-    "an expert row from rank {detail}",
+ROLE = Enum("Role", dict.fromkeys(("planner", "scheduler", "subscriber", "processor"), ""))
+AWAIT = Enum(
+    "Await",
+    {
+        "planners": "the planners of its rank (phase {detail})",
+        "counts": "the counts of rank {detail}",
+        "rows": "token rows of rank {detail}",
+        "task": "task {detail} of the queue",
+        "gemm1": "GEMM1 tile {detail}",
+        "returns": "an expert row from rank {detail}",
+    },
 )
+ROLES, AWAITS = tuple(ROLE.members), tuple(AWAIT.members.values())
 
-TRACE_EVENT = _struct(
+TRACE_EVENT = struct(
     "TraceEvent",
     ("work", "u32", "a Work"),
-    ("what", "u32", "M-block and tile, token, ...", 2),
+    ("what", "u32", "M-block and tile, token, ...", (2,)),
     ("unused", "u32", ""),
     ("start", "u64", "ns"),
     ("end", "u64", "ns"),
 )
-# The C++ enum Work, in order, and its name in a trace.
+# The members of the C++ enum Work, and their names in a trace.
 WORKS = {
     "kernel": "kernel",
     "count_routes": "count routes",
@@ -147,21 +101,123 @@ WORKS = {
     "combine": "combine",
     "leave": "leave",
 }
+WORK = Enum("Work", WORKS)
 
-MOE_ARGS = _struct(
+# ---- In the memory of a rank or of a block: the kernel's own, but the plan has to know how much it takes ----
+COUNTERS = struct(
+    "Counters",  # two sets, call n clears the set of call n + 1
+    ("planners_counted", "u32"),
+    ("planners_listed", "u32"),
+    ("dispatch_ticket", "u32"),
+    ("task_ticket", "u32"),
+    ("queue", "u64", "queue_word()"),
+    ("combine_ticket", "u32"),
+    ("left", "u32"),
+    ("arrived", "u32", "per source: leading dispatch chunks that are here, kAllChunks when all are", (MAX_WORLD_SIZE,)),
+)
+TALLY = Enum("Tally", dict.fromkeys(("live", "dropped", "masked", "invalid"), ""))  # what became of a route
+PLANNER_SCRATCH = struct(
+    "PlannerScratch",
+    ("count", "u32", "routes per expert, here and below by position", (MAX_EXPERTS,)),
+    ("base", "u32", "routes of the planners before", (MAX_EXPERTS,)),
+    ("offset", "u32", "routes to the experts before", (MAX_EXPERTS,)),
+    ("tally", "u32", "this planner's routes by Tally", (len(TALLY.members),)),
+)
+SYSTEM_SCRATCH = struct(
+    "SystemScratch",
+    ("rows", "u32", "of the scheduler: per local expert, over all sources", (MAX_EXPERTS,)),
+    ("first_panel", "u32", "of the scheduler: panels of the experts before", (MAX_EXPERTS,)),
+    ("arrived", "u32", "of the subscriber: leading chunks per source", (MAX_WORLD_SIZE,)),
+)
+SCRATCH_BYTES = max(PLANNER_SCRATCH.size, SYSTEM_SCRATCH.size)
+
+SHARE = Enum(
+    "Share",  # how the members of a cluster share a claim
+    {
+        "rows": "each has an M-block of its own: all multiply the same weights",
+        "columns": "each has a part of the columns of the tile",
+        "tiles": "each has a tile of its own, of neighbouring ones",
+    },
+    "u8",
+)
+
+
+def task_kind(phases: Sequence[str]) -> Enum:
+    """The kinds of tasks: the phases of a plan by name, and the end of the queue."""
+    return Enum("TaskKind", dict.fromkeys([*phases, "closed"], ""))
+
+
+TASK = struct(
+    "Task",
+    ("kind", task_kind(()), "the phase"),
+    ("serial", "u32", "of its first M-block"),
+    ("column", "u32", "tile of the phase"),
+    ("once", "bool", "no other claim reads its weight tile"),
+    ("share", SHARE),
+    ("part", "u8", "of the columns of the tile, when they are shared"),
+    ("block", READY_BLOCK, "no rows: there is nothing to do"),
+)
+
+
+def _sums(threads: int) -> tuple[object, ...]:
+    """A word per warp; they are read four at a time."""
+    return "sums", "u32", "of BlockGroup", (-(-threads // (4 * _WARP)) * 4,), 16
+
+
+def mma_structs(block_m: int, threads: int) -> tuple[Struct, ...]:
+    """What an mma block keeps in shared memory behind its work; ``BlockState`` is the last."""
+    slot = struct(
+        "TaskSlot",
+        ("task", TASK),
+        ("weight", "float", "of the route", (block_m,)),
+        ("row", "const char*", "GEMM1: the input row; GEMM2: where the result goes", (block_m,)),
+    )
+    return slot, struct("BlockState", ("slot", slot, "", (2,)), _sums(threads))
+
+
+def wgmma_structs(block_m: int, threads: int, stages: int, cluster: int) -> tuple[Struct, ...]:
+    """What a wgmma block keeps in shared memory behind its work; ``BlockState`` is the last."""
+    slot = struct(
+        "TaskSlot",
+        ("task", TASK),
+        ("spoiled", "u32", "an abort left rows that must not be published; set before the last stage is full"),
+        ("weight", "float", "of the route", (block_m,)),
+        ("from", "const char*", "GEMM1: the input row", (block_m,)),
+        ("to", "char*", "GEMM1: of the intermediate, GEMM2: where the result goes", (block_m,)),
+    )
+    slots = (2,)
+    state = struct(
+        "BlockState",
+        ("slot", slot, "", slots),
+        _sums(threads),
+        ("stage_full", "u64", "mbarriers from here on", (stages,)),
+        ("stage_empty", "u64", "", (stages,)),
+        ("slot_full", "u64", "", slots),
+        ("slot_empty", "u64", "", slots),
+        ("near_end", "u64", "the loads of a task are nearly all issued: time to claim the next"),
+        ("stored", "u64", "the consumers have stored a task's results", slots),
+        ("mail_full", "u64", "", slots),
+        ("mail", TASK, "a claim of the cluster's first block", slots, 16),
+        ("able", "u32", "which blocks of the cluster can run tasks", (cluster,)),
+    )
+    return slot, state
+
+
+
+MOE_ARGS = struct(
     "MoEArgs",
-    ("x", "const Element*", "[tokens, H] of this rank"),
+    ("x", "const Input*", "[tokens, H] of this rank"),
     ("topk_ids", "const int*", "[tokens, k] global expert ids, < 0: masked"),
     ("topk_weights", "const float*", "[tokens, k]"),
-    ("y", "Element*", "[tokens, H], out"),
+    ("y", "Output*", "[tokens, H], out"),
     ("num_tokens", "const int*", "[1] tokens of this call, or null: all"),
-    ("gate", "const Element*", "[E_local, I, H]"),
-    ("up", "const Element*", "[E_local, I, H]"),
-    ("down", "const Element*", "[E_local, H, I]"),
-    ("gate_bias", "const Element*", "[E_local, I]"),
-    ("up_bias", "const Element*", "[E_local, I]"),
-    ("down_bias", "const Element*", "[E_local, H]"),
-    ("gate_expert_stride", "i64", "all weight and bias strides in elements"),
+    ("gate", "const Weight*", "[E_local, I, H]"),
+    ("up", "const Weight*", "[E_local, I, H]"),
+    ("down", "const Weight*", "[E_local, H, I]"),
+    ("gate_bias", "const Bias*", "[E_local, I]"),
+    ("up_bias", "const Bias*", "[E_local, I]"),
+    ("down_bias", "const Bias*", "[E_local, H]"),
+    ("gate_expert_stride", "i64", "all weight and bias strides in bytes"),
     ("gate_row_stride", "i64", ""),
     ("up_expert_stride", "i64", ""),
     ("up_row_stride", "i64", ""),
@@ -175,7 +231,7 @@ MOE_ARGS = _struct(
     ("down_bias_stride", "i64", ""),
     ("expert_position", "const int*", "[E] expert -> position (rank by rank, slot by slot)"),
     ("owner_first", "const int*", "[world_size + 1] first position of each rank"),
-    ("peers", "char*", "the symmetric heap of each rank", MAX_WORLD_SIZE),
+    ("peers", "char*", "the symmetric heap of each rank", (MAX_WORLD_SIZE,)),
     ("counts_at", "i64", "heap offsets, in bytes"),
     ("chunk_signals_at", "i64", ""),
     ("return_signals_at", "i64", ""),
@@ -191,11 +247,11 @@ MOE_ARGS = _struct(
     ("planner_counts", "u32*", "workspace from here on: [planner][E]"),
     ("route_target", "int*", "[tokens, k] owner << 8 | return slot, -1: not live"),
     ("segments", "Segment*", "[source][E_local]"),
-    ("ready", "ReadyBlock*", "[groups] in the order they entered the queue"),
-    ("entries", "ReadyBlock*", "[2 * groups][2] the queue: whose GEMM1, and whose GEMM2, an entry hands out"),
-    ("appended", "u32*", "[groups, by expert] epoch of the call that appended it"),
-    ("ring", "Element*", "[ring_slots, kBlockM, I] intermediate"),
-    ("staged_rows", "Element*", "[source][staged_stride][H], combine by rank only"),
+    ("ready", "ReadyBlock*", "[panels] in the order they entered the queue"),
+    ("entries", "ReadyBlock*", "[2 * panels][phase] the queue: whose tasks of each phase an entry hands out"),
+    ("appended", "u32*", "[panels, by expert] epoch of the call that appended it"),
+    ("ring", "Middle*", "[ring_slots, kBlockM, I] intermediate"),
+    ("staged_rows", "Returned*", "[source][staged_stride][H], combine by rank only"),
     ("counter_sets", "u32*", "two sets of set_words"),
     ("state", "State*", ""),
     ("record", "AbortRecord*", "host-visible"),
@@ -204,7 +260,7 @@ MOE_ARGS = _struct(
     ("timeout_ns", "i64", "deadline of every wait, 0: none"),
     ("set_words", "int", "words of one counter set"),
     ("column_bits_at", "int", "word offsets in a set"),
-    ("gemm2_done_at", "int", ""),
+    ("done_parts_at", "int", ""),
     ("routes_done_at", "int", ""),
     ("tokens", "int", "rows of x"),
     ("max_tokens", "int", "of any rank"),
@@ -217,12 +273,12 @@ MOE_ARGS = _struct(
     ("return_slots", "int", "rows that can come back per token"),
     ("ring_slots", "int", "M-blocks of intermediate that fit the ring"),
     ("lag", "int", "M-blocks whose GEMM1 come between a GEMM1 and its GEMM2 in the task order"),
-    ("max_group", "int", "most M-blocks of a group"),
+    ("max_panel", "int", "most M-blocks of a panel"),
     ("trace_events", "int", "room per track"),
     ("delay_ns", "int", "longest random delay before something is published"),
 )
 
-ROUTER_ARGS = _struct(
+ROUTER_ARGS = struct(
     "RouterArgs",
     ("x", "const Element*", "[tokens, H]"),
     ("router_weight", "const Element*", "[E, H]"),
@@ -239,5 +295,13 @@ ROUTER_ARGS = _struct(
     ("top_groups", "int", ""),
 )
 
-MOE_STRUCTS = (LIST_ENTRY, SEGMENT, READY_BLOCK, CONTROL, STATE, ABORT_RECORD, TRACE_EVENT, MOE_ARGS)
+# ---- Of the explorer ----
+LAUNCH = struct("Launch", ("kernel", "Kernel"), ("args", "const void*"))
+HEAP = struct("Heap", ("base", "char*"), ("bytes", "u64"))
+
+MOE_STRUCTS: tuple[Enum | Struct, ...] = (
+    ROLE, AWAIT, WORK, TALLY, SHARE, LIST_ENTRY, SEGMENT, READY_BLOCK, CONTROL, STATE, ABORT_RECORD, TRACE_EVENT, COUNTERS,
+    PLANNER_SCRATCH, SYSTEM_SCRATCH, TASK, MOE_ARGS,
+)  # fmt: skip
 ROUTER_STRUCTS = (ROUTER_ARGS,)
+EXPLORER_STRUCTS = (LAUNCH, HEAP)

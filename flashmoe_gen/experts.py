@@ -170,11 +170,13 @@ class _Check:
         vector = 16 // spec.element.size
         if any(stride % vector for stride in found.strides[:2]) or found.pointer % 16:
             raise SpecError(f"{name} is not aligned: its rows must start at multiples of 16 bytes. Pass a contiguous copy.")
-        return {name: found.pointer, f"{name}_expert_stride": found.strides[0], f"{name}_row_stride": found.strides[1]}
+        expert, row = (stride * spec.element.size for stride in found.strides[:2])
+        return {name: found.pointer, f"{name}_expert_stride": expert, f"{name}_row_stride": row}
 
     def _vector(self, spec: MoESpec, name: str, shape: tuple[int, ...]) -> dict[str, int]:
         found = self._view(spec, name, shape)
-        return {name: found.pointer, f"{name}_expert_stride": found.strides[0], f"{name}_stride": 1}
+        size = spec.element.size
+        return {name: found.pointer, f"{name}_expert_stride": found.strides[0] * size, f"{name}_stride": size}
 
     def _pair(self, spec: MoESpec, name: str, shape: tuple[int, ...]) -> dict[str, int]:
         both = self._matrix(spec, name, shape)
@@ -182,17 +184,17 @@ class _Check:
         apart = row if self._interleaved else row * spec.intermediate_size
         step = 2 * row if self._interleaved else row
         expert = both["gate_up_expert_stride"]
-        size = spec.element.size
         return {
             "gate": both["gate_up"], "gate_expert_stride": expert, "gate_row_stride": step,
-            "up": both["gate_up"] + apart * size, "up_expert_stride": expert, "up_row_stride": step,
+            "up": both["gate_up"] + apart, "up_expert_stride": expert, "up_row_stride": step,
         }  # fmt: skip
 
     def _pair_bias(self, spec: MoESpec, shape: tuple[int, ...]) -> dict[str, int]:
         found = self._view(spec, "gate_up_bias", shape)
-        apart, step = (1, 2) if self._interleaved else (spec.intermediate_size, 1)
-        expert = found.strides[0]
+        size = spec.element.size
+        apart, step = (size, 2 * size) if self._interleaved else (spec.intermediate_size * size, size)
+        expert = found.strides[0] * size
         return {
             "gate_bias": found.pointer, "gate_bias_expert_stride": expert, "gate_bias_stride": step,
-            "up_bias": found.pointer + apart * spec.element.size, "up_bias_expert_stride": expert, "up_bias_stride": step,
+            "up_bias": found.pointer + apart, "up_bias_expert_stride": expert, "up_bias_stride": step,
         }  # fmt: skip

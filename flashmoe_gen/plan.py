@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .args import COUNTERS, task_kind
 from .dtypes import get_dtype
 from .errors import SpecError
 from .spec import MAX_WORLD_SIZE, MoESpec
+from .structs import Enum
 from .tile import Combine, Schedule, TileConfig
 from .values import require_counts
 
 CHUNK_TOKENS = 16  # tokens of one dispatch task: a signal's meaning, so the same for every kernel of a heap
 PLANNER_TOKENS = 32  # fewest tokens worth a planner of their own
 WARP = 32
-COUNTER_WORDS = 8 + MAX_WORLD_SIZE  # struct Counters
 _L2_SHARE = 32 << 20  # bytes of one expert's weights that neighbouring M-blocks find in a GPU's L2: measured on H100
 _PANEL = 8
 
@@ -163,6 +164,11 @@ class KernelPlan:
         """Tasks of one M-block, over all phases."""
         return sum(phase.tiles for phase in self.phases)
 
+    @property
+    def task_kind(self) -> Enum:
+        """What a task is: one of the phases."""
+        return task_kind([phase.name for phase in self.phases])
+
     def phase(self, name: str) -> Phase:
         """The phase of that name; raises ``KeyError``."""
         return {phase.name: phase for phase in self.phases}[name]
@@ -215,7 +221,7 @@ class SchedulePlan:
         rows_per_source: most of them that one source rank sends.
         blocks: most M-blocks of a call.
         lag, max_panel, ring_slots: as :class:`~flashmoe_gen.Schedule` has ``lag``, ``panel`` and ``ring``, none of them open.
-        column_bits_at, gemm2_done_at, routes_done_at: word offsets in a counter set.
+        column_bits_at, done_parts_at, routes_done_at: word offsets in a counter set.
         set_words: words of a counter set.
         staged: whether rows wait here until all of a token's are done (``combine="rank"``).
     """
@@ -227,16 +233,16 @@ class SchedulePlan:
     max_panel: int
     ring_slots: int
     column_bits_at: int
-    gemm2_done_at: int
+    done_parts_at: int
     routes_done_at: int
     set_words: int
     staged: bool
 
     def arguments(self) -> dict[str, int]:
         """The fields of ``MoEArgs`` that it decides."""
-        names = ("lag", "ring_slots", "column_bits_at", "gemm2_done_at", "routes_done_at", "set_words")
+        names = ("lag", "max_panel", "ring_slots", "column_bits_at", "done_parts_at", "routes_done_at", "set_words")
         same = {name: getattr(self, name) for name in names}
-        return {**same, "max_group": self.max_panel, "staged_stride": self.rows_per_source, "combine_by_rank": int(self.staged)}
+        return {**same, "staged_stride": self.rows_per_source, "combine_by_rank": int(self.staged)}
 
 
 def plan_schedule(
@@ -262,9 +268,9 @@ def plan_schedule(
     max_panel, lag, ring_slots = _order(spec, tile, plan, schedule, processors)
     ring_slots = max(cluster, min(blocks, ring_slots if schedule.ring is None else schedule.ring))
     max_panel = max(cluster, min(max_panel, ring_slots // 2 // cluster * cluster))
-    column_bits_at = COUNTER_WORDS
-    gemm2_done_at = column_bits_at + blocks * plan.column_words
-    routes_done_at = gemm2_done_at + blocks
+    column_bits_at = COUNTERS.size // 4
+    done_parts_at = column_bits_at + blocks * plan.column_words
+    routes_done_at = done_parts_at + blocks
     staged = combine == "rank"
     set_words = ceil_div(routes_done_at + (spec.world_size * spec.max_tokens if staged else 0), 4) * 4
     require_counts(
@@ -274,7 +280,7 @@ def plan_schedule(
         counter_words=set_words,
     )
     return SchedulePlan(
-        rows, per_source, blocks, lag, max_panel, ring_slots, column_bits_at, gemm2_done_at, routes_done_at, set_words, staged
+        rows, per_source, blocks, lag, max_panel, ring_slots, column_bits_at, done_parts_at, routes_done_at, set_words, staged
     )
 
 

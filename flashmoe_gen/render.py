@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 
-from . import env, files
+from . import env, files, library
 from .arch import Arch, get_arch
-from .args import MOE_STRUCTS, ROUTER_STRUCTS, WORKS
+from .args import MOE_STRUCTS, ROUTER_STRUCTS
 from .errors import CacheError, FlashMoEError, SpecError
 from .instrument import Instrument
 from .plan import KernelPlan
 from .programs import RouterPlan, default_tile, resolve, router_program
 from .spec import MoESpec
+from .structs import Struct
 from .tile import TileConfig
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ def generate(
     parts: Sequence[str]
     tiles: dict[str, Any] = {}
     templates = None
+    block_structs: tuple[Struct, ...] = ()
     if kernel == "router":  # one tiling for every spec
         router = router_program(arch)
         plan, parts = router.plan, router.parts
@@ -196,14 +198,15 @@ def generate(
         tile = tile or default_tile(spec, arch)
         program = resolve(spec, tile.program, arch)
         plan, parts, templates = program.plan(spec, tile, target), program.parts, program.templates
+        block_structs = program.structs(tile, plan)
         tiles = {**tile.text_fields(), "program": program.name}
     fields = {name: getattr(spec, name) for name in (_MOE_FIELDS if kernel == "moe" else _ROUTER_FIELDS)}
     # The symbol names the content, and the content holds the symbol: hash the parts instead of the finished text.
     sources = [(part, _template_text(part, templates)) for part in parts]
     name = _symbol(kernel, spec, target, _digest(arch, fields, tiles, instrument.code, vars(plan), sources))
     context = {
-        "spec": spec, "tile": tile, "plan": plan, "arch": target, "name": name, "instrument": instrument, "works": list(WORKS),
-        "structs": MOE_STRUCTS if kernel == "moe" else ROUTER_STRUCTS,
+        "spec": spec, "tile": tile, "plan": plan, "arch": target, "name": name, "instrument": instrument,
+        "structs": MOE_STRUCTS if kernel == "moe" else ROUTER_STRUCTS, "block_structs": block_structs,
     }  # fmt: skip
     command = _command(kernel, target, fields, tiles | instrument.code)
     header = _header(kernel, target, name, fields, tiles | instrument.code, plan, command)
@@ -224,9 +227,9 @@ def _template_text(part: str, templates: Path | None) -> str:
 
 
 def render_parts(parts: Sequence[str], context: dict[str, Any], templates: Path | None = None) -> str:
-    """Render template parts one after the other, each marked with ``#line`` so that errors point at the template."""
+    """Render template parts one after the other, those of the PTX library as far as they are used (:mod:`.library`)."""
     env = environment(templates)
-    return "".join(f'\n#line 1 "{part}"\n{env.get_template(part).render(context)}' for part in parts)
+    return library.join([(part, env.get_template(part).render(context)) for part in parts])
 
 
 def _header(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..args import HEAP, LAUNCH
 from ..errors import SpecError
 from .host import HostKernel, load_program
 from .target import Memory
@@ -53,7 +54,7 @@ def explore(
     """
     if len({len(rank) for rank in calls}) != 1 or threads < 3:
         raise SpecError("explore() needs as many calls on every rank, and at least 3 threads.")
-    table = np.array([(kernel.entry, args.ctypes.data) for rank in calls for kernel, args in rank], np.uint64)
-    places = np.array([(heap.pointer, heap.nbytes) for heap in heaps], np.uint64)
+    table = np.array([(kernel.entry, args.ctypes.data) for rank in calls for kernel, args in rank], LAUNCH.dtype)
+    places = np.array([(heap.pointer, heap.nbytes) for heap in heaps], HEAP.dtype)
     run = _explorer().flashmoe_explore
     return int(run(table.ctypes.data, places.ctypes.data, len(calls), len(calls[0]), threads, seed, lost_word))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..args import EXPLORER_STRUCTS
 from ..cache import Cache, CompiledKernel
 from ..errors import CommError, CompileError, FlashMoEError, SpecError
 from ..programs import TensorBox
@@ -24,7 +25,7 @@ _WAIT_MS = 50  # between two looks at whether somebody pressed Ctrl-C
 
 def build_program(name: str) -> CompiledKernel:
     """Compile one of the host programs: ``"launcher"`` or ``"explorer"`` (cached)."""
-    text = render_parts(["host/runtime.h", f"host/{name}.cpp"], {})
+    text = render_parts(["host/runtime.h", f"host/{name}.cpp"], {"structs": EXPLORER_STRUCTS})
     digest = hashlib.sha256(text.encode()).hexdigest()
     command = "flashmoe-gen compile --arch host"
     return Cache().build(text, name=f"flashmoe_{name}", arch="host", digest=digest, metadata={"command": command})

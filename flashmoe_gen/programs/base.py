@@ -12,14 +12,26 @@ from ..arch import Arch
 from ..errors import SpecError, UnsupportedError
 from ..plan import KernelPlan
 from ..spec import MoESpec
+from ..structs import Struct
 from ..tile import Combine, TileConfig
+
+# The PTX library: a text holds what it names of it. `types` is what the wrappers and every GPU part are written with.
+PTX = (
+    "gpu/types.cuh",
+    *(
+        f"gpu/ptx/{part}.cuh"
+        for part in (
+            "memory", "atomics", "copy", "matrix", "wgmma", "mbarrier", "barrier", "cluster", "convert", "special",
+        )
+    ),
+)  # fmt: skip
 
 # The part of every program that is the in-kernel operating system, in the order the data flows.
 PROTOCOL = tuple(
     f"protocol/{part}.cuh"
     for part in (
-        "call", "trace", "delay", "scan", "planner", "dispatch", "subscriber", "rows", "scheduler", "processor", "combine",
-        "leave",
+        "queue", "call", "trace", "delay", "send", "scan", "planner", "dispatch", "subscriber", "rows", "scheduler", "processor",
+        "slot", "combine", "leave", "kernel",
     )
 )  # fmt: skip
 
@@ -85,6 +97,10 @@ class BlockProgram(abc.ABC):
     @abc.abstractmethod
     def tiles(self, spec: MoESpec, arch: Arch) -> Iterator[TileConfig]:
         """The tiles worth trying; :meth:`plan` refuses those that are impossible."""
+
+    def structs(self, tile: TileConfig, plan: KernelPlan) -> tuple[Struct, ...]:
+        """What its parts find as ``block_structs``: the structs of a block's shared memory, one before those that hold it."""
+        return ()
 
     def tensor_boxes(self, spec: MoESpec, tile: TileConfig, plan: KernelPlan) -> tuple[TensorBox, ...]:
         """The tensor maps that the kernel takes after its arguments, in this order."""

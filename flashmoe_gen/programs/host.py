@@ -22,8 +22,9 @@ class HostProgram(BlockProgram):
     dtypes = tuple(DTYPES)
     default_combine = "route"  # bits that do not depend on the number of ranks
     parts = (
-        "host/runtime.h", "host/platform.h", "common/constants.cuh", "host/element.h", "common/element.cuh", "common/args.cuh",
-        "common/activation.cuh", *PROTOCOL, "host/gemm.h", "host/tasks.h", "host/moe_block.h",
+        "host/runtime.h", "host/platform.h", "common/constants.cuh", "host/element.h", "common/element.cuh",
+        "common/rows.cuh", "common/args.cuh", "common/bias.cuh", "common/activation.cuh",
+        *PROTOCOL, "host/gemm.h", "host/tasks.h", "host/moe_block.h",
     )  # fmt: skip
 
     def default_tile(self, spec: MoESpec, arch: Arch) -> TileConfig:

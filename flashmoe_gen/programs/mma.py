@@ -6,14 +6,15 @@ import itertools
 from collections.abc import Iterator
 
 from ..arch import GPU_ARCHS, Arch
+from ..args import SCRATCH_BYTES, mma_structs
 from ..dtypes import DTYPES, get_dtype
 from ..errors import SpecError
 from ..plan import WARP, KernelPlan, Operand, ceil_div, common_plan, mlp_phases
-from ..spec import MAX_EXPERTS, MoESpec
+from ..spec import MoESpec
+from ..structs import Struct
 from ..tile import TileConfig
-from .base import PROTOCOL, BlockProgram, check_math, check_shared
+from .base import PROTOCOL, PTX, BlockProgram, check_math, check_shared
 
-PLANNER_BYTES = 4 * (3 * MAX_EXPERTS + 4)  # struct PlannerScratch; the scheduler and the subscriber need less
 _ENOUGH_REGISTERS = 160  # of a thread: the accumulators of a warp's 32 x 64 and everything around them
 _DRIVER_BYTES = 1024  # shared memory the driver takes of every block
 _MATH = ("tf32", "ffma")
@@ -26,9 +27,10 @@ class MmaProgram(BlockProgram):
     archs = GPU_ARCHS
     dtypes = tuple(DTYPES)
     parts = (
-        "sm80/ptx.cuh", "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
-        "common/args.cuh", "common/activation.cuh", *PROTOCOL, "sm80/finished.cuh", "sm80/mma.cuh",
-        "sm80/pipeline.cuh", "sm80/tasks.cuh", "sm80/moe_block.cuh",
+        *PTX, "gpu/platform.cuh", "common/constants.cuh", "gpu/element.cuh", "common/element.cuh",
+        "common/rows.cuh", "common/args.cuh", "common/bias.cuh", "common/activation.cuh",
+        *PROTOCOL, "sm80/finished.cuh", "mma/products.cuh",
+        "sm80/pipeline.cuh", "sm80/party.cuh", "sm80/tasks.cuh", "sm80/moe_block.cuh",
     )  # fmt: skip
 
     def default_tile(self, spec: MoESpec, arch: Arch) -> TileConfig:
@@ -47,8 +49,8 @@ class MmaProgram(BlockProgram):
         threads = WARP * (tile.warps_m * tile.warps_n + 1)  # one warp fetches tasks
         stage_bytes = (tile.block_m + tile.block_n) * row_bytes
         staged_tile = tile.block_m * (tile.block_n + 8) * size  # rows are padded against bank conflicts
-        work_bytes = ceil_div(max(tile.stages * stage_bytes, staged_tile, PLANNER_BYTES), 128) * 128
-        shared_bytes = work_bytes + 2 * (32 + 12 * tile.block_m) + sums_bytes(threads)  # struct BlockState
+        work_bytes = ceil_div(max(tile.stages * stage_bytes, staged_tile, SCRATCH_BYTES), 128) * 128
+        shared_bytes = work_bytes + mma_structs(tile.block_m, threads)[-1].size
         check_shared(tile, stage_bytes, shared_bytes, arch)
         columns = tile.block_n // 2 if spec.mlp == "gated" else tile.block_n
         phases = mlp_phases(spec, tile, columns, Operand("tokens"), Operand("weights"))
@@ -60,6 +62,9 @@ class MmaProgram(BlockProgram):
             shared_bytes=shared_bytes,
             min_blocks=_min_blocks(threads // WARP, shared_bytes, arch),
         )
+
+    def structs(self, tile: TileConfig, plan: KernelPlan) -> tuple[Struct, ...]:
+        return mma_structs(tile.block_m, plan.threads)
 
     def tiles(self, spec: MoESpec, arch: Arch) -> Iterator[TileConfig]:
         size = get_dtype(spec.dtype).size
@@ -87,11 +92,6 @@ def _check(spec: MoESpec, tile: TileConfig, arch: Arch, row_bytes: int) -> None:
         raise SpecError(f"warps_m * warps_n = {warps} is not valid. Must be 4, 8, 12 or 16 warps.")
     if tile.stages < 2:
         raise SpecError(f"stages={tile.stages} is not valid on {arch.name}. Must be at least 2.")
-
-
-def sums_bytes(threads: int) -> int:
-    """A word per warp, four at a time, behind padding to 16 bytes; all of struct BlockState a multiple of 16."""
-    return ceil_div(4 * threads // WARP, 16) * 16 + 16
 
 
 def _min_blocks(warps: int, shared_bytes: int, arch: Arch) -> int:

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..arch import Arch
+from ..args import SCRATCH_BYTES, wgmma_structs
 from ..dtypes import get_dtype
 from ..errors import SpecError
 from ..plan import KernelPlan, Operand, ceil_div, common_plan, mlp_phases
 from ..spec import MoESpec
+from ..structs import Struct
 from ..tile import TileConfig
-from .base import PROTOCOL, BlockProgram, TensorBox, check_math, check_shared
-from .mma import PLANNER_BYTES, sums_bytes
+from .base import PROTOCOL, PTX, BlockProgram, TensorBox, check_math, check_shared
 
 _HINT = "program='mma' takes other tiles."
 _EPILOGUE_COLUMNS = 64  # stored at a time
@@ -45,9 +46,10 @@ class WgmmaProgram(BlockProgram):
     archs = ("sm_90a",)
     dtypes = ("bfloat16", "float16")
     parts = (
-        "sm80/ptx.cuh", "sm90/ptx.cuh", "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
-        "common/args.cuh", "common/activation.cuh", *PROTOCOL, "sm80/finished.cuh", "sm90/pipeline.cuh",
-        "sm90/loads.cuh", "sm90/tasks.cuh", "sm90/moe_block.cuh",
+        *PTX, "gpu/platform.cuh", "common/constants.cuh", "gpu/element.cuh", "common/element.cuh",
+        "common/rows.cuh", "common/args.cuh", "common/bias.cuh", "common/activation.cuh",
+        *PROTOCOL, "sm80/finished.cuh", "sm90/pipeline.cuh",
+        "sm80/party.cuh", "sm90/loads.cuh", "sm90/tasks.cuh", "sm90/moe_block.cuh",
     )  # fmt: skip
 
     def default_tile(self, spec: MoESpec, arch: Arch) -> TileConfig:
@@ -63,10 +65,8 @@ class WgmmaProgram(BlockProgram):
         threads = 128 + tile.block_m // 64 * 128  # a warpgroup that loads, and one per 64 rows
         stage_bytes = (tile.block_m + tile.block_n) * 128
         patches = 8 * 16 * (_EPILOGUE_COLUMNS + 8) * size  # of each consumer warp: 16 rows, padded against bank conflicts
-        work_bytes = ceil_div(max(tile.stages * stage_bytes + patches, PLANNER_BYTES), 128) * 128
-        slots = 2 * (40 + 20 * tile.block_m)
-        mail = 2 * (8 + 32) + 16
-        shared_bytes = work_bytes + slots + sums_bytes(threads) + mail + 8 * (2 * tile.stages + 7)  # struct BlockState
+        work_bytes = ceil_div(max(tile.stages * stage_bytes + patches, SCRATCH_BYTES), 128) * 128
+        shared_bytes = work_bytes + wgmma_structs(tile.block_m, threads, tile.stages, tile.cluster)[-1].size
         check_shared(tile, stage_bytes, shared_bytes, arch)
         columns = tile.block_n // 2 if gated else tile.block_n
         phases = mlp_phases(spec, tile, columns, Operand("tokens"), Operand("weights"))
@@ -84,6 +84,9 @@ class WgmmaProgram(BlockProgram):
             consumer_registers=200,
             near_end=2 * tile.stages,
         )
+
+    def structs(self, tile: TileConfig, plan: KernelPlan) -> tuple[Struct, ...]:
+        return wgmma_structs(tile.block_m, plan.threads, tile.stages, tile.cluster)
 
     def tiles(self, spec: MoESpec, arch: Arch) -> Iterator[TileConfig]:
         for block_n, stages, cluster in itertools.product((64, 128, 192, 256), (3, 4, 5, 6), (1, 2)):

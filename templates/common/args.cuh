@@ -1,10 +1,5 @@
-// ---- Arguments: one struct by value, laid out by the planner --------------------------------------------------------
+// ---- Shared with the launcher and the plan, which lay them out in the same way ------------------------------------------
 //% for struct in structs
-struct ${struct.name} {
-//% for field in struct.fields
-  ${field.declaration};  // ${field.doc}
-//% endfor
-};
-static_assert(sizeof(${struct.name}) == ${struct.size}, "${struct.name} must match the layout the launcher packs");
+${struct.cpp}
 
 //% endfor

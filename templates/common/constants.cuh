@@ -15,18 +15,31 @@ constexpr double kSwishBeta = ${spec.swish_beta | cpp};
 constexpr double kGateLimit = ${spec.gate_limit | cpp};  // 0: no clamp
 constexpr double kUpOffset = ${spec.up_offset | cpp};
 
+// ---- Phases: the kinds of tasks that every M-block goes through, in the order of the tickets -----------------------------
+struct Phase {
+  int tiles;         // column tiles of an M-block, a task each
+  int tile_columns;  // columns of the result that one of them makes
+  int width;         // columns of the result
+  int depth;         // elements that a column sums over
+};
+constexpr Phase kPhases[] = {
+//% for phase in plan.phases
+    {${phase.tiles}, ${phase.tile_columns}, ${phase.width}, ${phase.depth}},  // ${phase.name}
+//% endfor
+};
+constexpr u32 kNumPhases = sizeof(kPhases) / sizeof(Phase);
+${plan.task_kind.cpp}
+static_assert(u32(TaskKind::closed) == kNumPhases);
+
 // ---- Tiles and tasks (computed by the planner) ----------------------------------------------------------------------
 constexpr int kBlockM = ${tile.block_m};
 constexpr int kBlockN = ${tile.block_n};
 constexpr int kBlockK = ${tile.block_k};
 constexpr int kCluster = ${tile.cluster};  // blocks that claim together, and share what they claim
 constexpr int kSplitRows = ${plan.split_rows};  // most rows of an expert whose tiles they share by columns; 0: never
-constexpr int kIntermediateColumns = ${plan.phases[0].tile_columns};  // columns of the intermediate that one GEMM1 tile makes
-constexpr int kGemm1Tiles = ${plan.phases[0].tiles};  // column tiles of GEMM1 in one M-block
-constexpr int kGemm2Tiles = ${plan.phases[1].tiles};  // column tiles of GEMM2 in one M-block
-constexpr int kColumnWords = ${plan.column_words};                  // 32-bit words that hold a bit per part of a GEMM1 tile
+constexpr int kColumnWords = ${plan.column_words};  // 32-bit words that hold a bit per part of a tile of the first phase
+constexpr int kIntermediateColumns = kPhases[u32(TaskKind::gemm1)].tile_columns;
 constexpr int kPartColumns = kIntermediateColumns / kCluster;  // progress is counted in parts of column tiles
-constexpr int kGemm2Parts = kGemm2Tiles * kCluster;
-constexpr int kChunkTokens = ${plan.chunk_tokens};                  // tokens of one dispatch task; fixed for every kernel of a heap
-constexpr int kPlannerTokens = ${plan.planner_tokens};              // fewest tokens worth a planner of their own
+constexpr int kChunkTokens = ${plan.chunk_tokens};  // tokens of one dispatch task; fixed for every kernel of a heap
+constexpr int kPlannerTokens = ${plan.planner_tokens};  // fewest tokens worth a planner of their own
 constexpr int kMaxWorldSize = ${plan.max_world_size};

@@ -8,16 +8,10 @@
 #include <memory>
 #include <vector>
 
-struct Launch {
-  Kernel kernel;
-  const void* args;
-};
+//% for struct in structs
+${struct.cpp}
 
-struct Heap {
-  char* base;
-  u64 bytes;
-};
-
+//% endfor
 struct Put {
   void* to;
   std::vector<char> bytes;

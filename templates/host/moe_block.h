@@ -16,40 +16,37 @@ DEVICE bool run_task(const Call& call, const Task& task, TileScratch& scratch) {
   return true;
 }
 
-DEVICE void process(Group& group, const Call& call, int processor, int processors) {
-  const int planners = num_planners(call, processors);
-  if (processor < planners) {
-    std::vector<u32> words(std::size_t(call.args.num_experts) * 3 + kTallies);
-    const PlannerScratch scratch(words.data(), call.args.num_experts);
-    if (!plan_routes(group, call, processor, planners, scratch)) return;
-  }
-  if (!dispatch(group, call, planners)) return;
-  TileScratch scratch;
-  while (true) {
-    const Task task = fetch_task(call);
-    if (task.kind == TaskKind::closed) break;
-    if (!run_task(call, task, scratch)) return;
-  }
-  if (!aborted(call)) combine(group, call, processors);
-}
-
 // Thread 0 schedules, thread 1 subscribes, the others process.
+struct ThreadParty {
+  using Lanes = Group;
+  static constexpr int kLanes = 1;
+  const MoEArgs& args;
+  u32 thread, threads;
+  Group group{};
+  alignas(16) char memory[sizeof(PlannerScratch) > sizeof(SystemScratch) ? sizeof(PlannerScratch) : sizeof(SystemScratch)];
+
+  bool is_system() const { return thread < 2; }
+  Role role() const { return thread == 0 ? Role::scheduler : thread == 1 ? Role::subscriber : Role::processor; }
+  int processor() const { return int(thread) - 2; }
+  int processors() const { return int(threads) - 2; }
+  u32 parties() const { return threads; }
+  Call call(Role role) const { return begin_call(args, thread, threads, role); }
+  template <class T>
+  T& scratch() { return *reinterpret_cast<T*>(memory); }
+
+  void run_tasks(const Call& call, bool able) const {
+    if (!able) return;
+    TileScratch tile;
+    while (true) {
+      const Task task = fetch_task(call);
+      if (task.kind == TaskKind::closed || !run_task(call, task, tile)) return;
+    }
+  }
+};
+
 extern "C" void ${name}(
     const void* packed, u32 thread, u32 threads, const HostRuntime* lent) {
   runtime = lent;
-  const MoEArgs& args = *static_cast<const MoEArgs*>(packed);
-  const Role role = thread == 0 ? Role::scheduler : thread == 1 ? Role::subscriber : Role::processor;
-  const Call call = begin_call(args, thread, threads, role);
-  const Span span(call, Work::kernel, true);
-  Group group;
-  if (role == Role::scheduler) {
-    std::vector<u32> words(std::size_t(args.local_experts) * 2);
-    schedule(group, call, SchedulerScratch(words.data(), args.local_experts));
-  } else if (role == Role::subscriber) {
-    u32 arrived[kMaxWorldSize];
-    subscribe(group, call, arrived);
-  } else {
-    process(group, call, int(thread) - 2, int(threads) - 2);
-  }
-  leave(group, call, thread, threads);
+  ThreadParty party{*static_cast<const MoEArgs*>(packed), thread, threads};
+  run_party(party);
 }

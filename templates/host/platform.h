@@ -96,9 +96,9 @@ struct Group {
   void add_all(u32* word, u32 value) const { *word += value; }  // of every lane, one addition where it can be
   u32 sum(u32 value) const { return value; }
   u32 exclusive_sum(u32 value, u32* total) const { *total = value; return 0; }  // of the lanes before mine
-  static constexpr int kPart = 1;  // lanes that run in step
-  static constexpr int parts = 1;
-  int part() const { return 0; }
+  static constexpr int kWarpLanes = 1;  // lanes that run in step
+  static constexpr int warps = 1;
+  int warp_index() const { return 0; }
   // Each lane takes the next number of its counter, lane by lane: a counter's numbers go up with the lanes.
   u32 take_numbers(u32* counters, u32 which, bool valid) const { return valid ? counters[which]++ : 0; }
 };

@@ -3,21 +3,6 @@
 // Words that a peer polls are doubled by epoch parity: a peer can be one call ahead, never two, because every call
 // waits for the counts of every rank.
 
-enum class Role : u32 { planner, scheduler, subscriber, processor };
-enum class Await : u32 { planners, counts, rows, task, gemm1, returns };
-
-struct Counters {  // local to the rank; two sets, call n clears the set of call n + 1
-  u32 planners_counted;
-  u32 planners_listed;
-  u32 dispatch_ticket;
-  u32 task_ticket;
-  u64 queue;  // published entries; above them the M-blocks of a group, and kClosed with the last entry
-  u32 combine_ticket;
-  u32 left;
-  u32 arrived[kMaxWorldSize];  // per source: leading dispatch chunks that are here, kAllChunks when all are
-};
-static_assert(sizeof(Counters) == 4 * (8 + kMaxWorldSize));  // where the launcher puts what follows
-constexpr u64 kClosed = u64(1) << 63;
 constexpr u32 kAllChunks = 0x7fffffffu;
 
 struct Call {
@@ -32,8 +17,8 @@ struct Call {
   u32* next_set;  // the ones to clear
 
   DEVICE Counters& counters() const { return *reinterpret_cast<Counters*>(set); }
-  DEVICE u32* column_bits(u32 issue) const { return set + args.column_bits_at + u64(issue) * kColumnWords; }
-  DEVICE u32* gemm2_done(u32 issue) const { return set + args.gemm2_done_at + issue; }
+  DEVICE u32* column_bits(u32 serial) const { return set + args.column_bits_at + u64(serial) * kColumnWords; }
+  DEVICE u32* done_parts(u32 serial) const { return set + args.done_parts_at + serial; }
   DEVICE u32* routes_done(int source, int token) const {
     return set + args.routes_done_at + u64(source) * args.max_tokens + token;
   }
@@ -54,14 +39,14 @@ struct Call {
   DEVICE int* ordinals(int rank, int source) const {
     return heap<int>(rank, args.ordinals_at) + u64(source) * args.list_stride;
   }
-  DEVICE Element* received_row(int rank, int source, int token) const {
+  DEVICE Sent* received_row(int rank, int source, int token) const {
     const u64 place = source < rank ? source : source - 1;  // a rank keeps no room for its own rows
-    return heap<Element>(rank, args.rows_at + place * args.source_stride) + u64(token) * kHidden;
+    return row_at(heap<Sent>(rank, args.rows_at + place * args.source_stride), token, kSentRowBytes);
   }
   // What comes back to `rank` for one of its tokens: a row and its word, written by the owner of the expert.
   DEVICE u64 return_index(int token, int slot) const { return u64(token) * args.return_slots + slot; }
-  DEVICE Element* return_row(int rank, int token, int slot) const {
-    return heap<Element>(rank, args.returns_at) + return_index(token, slot) * kHidden;
+  DEVICE Returned* return_row(int rank, int token, int slot) const {
+    return row_at(heap<Returned>(rank, args.returns_at), return_index(token, slot), kReturnedRowBytes);
   }
   DEVICE u64* return_word(int rank, int token, int slot) const {
     return heap<u64>(rank, args.return_signals_at) + return_index(token, slot);

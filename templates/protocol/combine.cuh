@@ -15,9 +15,9 @@ struct Sum {
   DEVICE void clear() {
     for (int i = 0; i < kVector; ++i) value[i] = Acc(0);
   }
-  DEVICE void add(Acc weight, const Vector& part) {
+  DEVICE void add(Acc weight, const Vector& vector) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) value[i] = fma_of(weight, to_acc(part.element[i]), value[i]);
+    for (int i = 0; i < kVector; ++i) value[i] = fma_of(weight, to_acc(vector.element[i]), value[i]);
   }
   DEVICE Vector rounded() const {
     Vector out;
@@ -28,7 +28,7 @@ struct Sum {
 
 // Up to kTopK rows of one matrix and their weights, in route order.
 struct WeightedRows {
-  const Element* matrix;
+  const Returned* matrix;
   int row[kTopK];  // -1: none
   Acc weight[kTopK];
 
@@ -39,13 +39,13 @@ struct WeightedRows {
     sum.clear();
 #pragma unroll
     for (int start = 0; start < kTopK; start += kBatch) {
-      Packed part[kBatch];
+      Packed packed[kBatch];
 #pragma unroll
       for (int j = start; j < start + kBatch && j < kTopK; ++j)
-        if (row[j] >= 0) part[j - start] = *reinterpret_cast<const Packed*>(matrix + u64(row[j]) * kHidden + column);
+        if (row[j] >= 0) packed[j - start] = *reinterpret_cast<const Packed*>(row_at(matrix, row[j], kReturnedRowBytes) + column);
 #pragma unroll
       for (int j = start; j < start + kBatch && j < kTopK; ++j)
-        if (row[j] >= 0) sum.add(weight[j], unpacked(part[j - start]));
+        if (row[j] >= 0) sum.add(weight[j], unpacked(packed[j - start]));
     }
     return sum.rounded();
   }
@@ -56,7 +56,7 @@ DEVICE WeightedRows staged_rows(const Call& call, int source, int token) {
   const MoEArgs& args = call.args;
   const ListEntry* const list = call.list(args.rank, source);
   WeightedRows rows;
-  rows.matrix = args.staged_rows + u64(source) * args.staged_stride * kHidden;
+  rows.matrix = row_at(args.staged_rows, source * args.staged_stride, kReturnedRowBytes);
 #pragma unroll
   for (int j = 0; j < kTopK; ++j) rows.row[j] = call.ordinals(args.rank, source)[u64(token) * kTopK + j];
 #pragma unroll
@@ -67,24 +67,25 @@ DEVICE WeightedRows staged_rows(const Call& call, int source, int token) {
 template <class Group>
 DEVICE void return_sum(Group& group, const Call& call, int source, int token, int slot) {
   const WeightedRows rows = staged_rows(call, source, token);
-  Element* const out = call.return_row(source, token, slot);
+  const auto put = [&] {
+    Returned* const out = call.return_row(source, token, slot);
 #pragma unroll 1
-  for (int column = group.lane * kVector; column < kHidden; column += group.size * kVector)
-    remote_store(reinterpret_cast<Vector*>(out + column), rows.sum<4>(column));
-  group.sync();
-  if (group.lane == 0) store_release<Scope::system>(call.return_word(source, token, slot), call.word(1));
+    for (int column = group.lane * kVector; column < kHidden; column += group.size * kVector)
+      send_part(reinterpret_cast<Vector*>(out + column), rows.sum<4>(column));
+  };
+  send_segments(group, call, put, 1, [&](int) { return call.return_word(source, token, slot); });
 }
 
 // The finisher of an M-block: publish its rows [first, last) to their sources. Pairs with wait_returns().
 template <class Group>
 DEVICE void return_rows(Group& group, const Call& call, const ReadyBlock& block, int first, int last) {
-  const Span span(call, Work::return_rows, group.lane == 0, block.unit);
+  const Span span(call, Work::return_rows, group.lane == 0, block.serial);
   delay(call);
   const MoEArgs& args = call.args;
   if (!args.combine_by_rank) {
-    const Release release;
+    const Signals signals{call};
     each_row(group, call, block, first, last, [&](int, const Row& row) {
-      release.store(call.return_word(row.source, row.token(), row.slot()), call.word(1));
+      signals.raise(call.return_word(row.source, row.token(), row.slot()));
     });
     return;
   }
@@ -146,7 +147,7 @@ DEVICE void combine_columns(Group& group, const Call& call, int token, const Wei
   const Span span(call, Work::combine, group.lane == 0, u32(token), u32(first));
 #pragma unroll 1
   for (int column = first + group.lane * kVector; column < last; column += group.size * kVector)
-    *reinterpret_cast<Vector*>(call.args.y + u64(token) * kHidden + column) = rows.sum<8>(column);
+    *reinterpret_cast<Vector*>(row_at(call.args.y, token, kOutputRowBytes) + column) = rows.sum<8>(column);
 }
 
 // Every processor combines tokens when the task queue is exhausted; the rows it waits for are being computed. Few tokens are

@@ -17,19 +17,20 @@ DEVICE void dispatch_chunk(Group& group, const Call& call, int chunk) {
   const MoEArgs& args = call.args;
   const int first = chunk * kChunkTokens;
   const int last = first + kChunkTokens < call.tokens ? first + kChunkTokens : call.tokens;
-  for (int token = first; token < last; ++token) {
-    const u32 owners = owners_of_token(call, token);
-    for (int rank = 0; rank < args.world_size; ++rank) {
-      if (owners >> rank & 1)
-        remote_copy(group, call.received_row(rank, args.rank, token), args.x + u64(token) * kHidden, kHidden);
+  static_assert(kSentRowBytes == kInputRowBytes, "rows are sent as they are");
+  const auto rows = [&] {
+    for (int token = first; token < last; ++token) {
+      const u32 owners = owners_of_token(call, token);
+      for (int rank = 0; rank < args.world_size; ++rank) {
+        if (owners >> rank & 1)
+          send_bytes(group, call.received_row(rank, args.rank, token), row_at(args.x, token, kInputRowBytes), kSentRowBytes);
+      }
     }
-  }
-  group.sync();
-  delay(call);
-  for (int rank = group.lane; rank < args.world_size; rank += group.size) {
-    if (rank != args.rank)  // pairs with the subscriber's wait for rows
-      store_release<Scope::system>(call.chunk_words(rank, args.rank) + chunk, call.word(1));
-  }
+  };
+  const auto word_at = [&](int rank) {  // pairs with the subscriber's wait for rows
+    return rank == args.rank ? nullptr : call.chunk_words(rank, args.rank) + chunk;
+  };
+  send_segments(group, call, rows, args.world_size, word_at);
 }
 
 // Every processor claims chunks until none is left.

@@ -13,7 +13,7 @@ DEVICE void leave(Group& group, const Call& call, u32 clearer, u32 clearers) {
   if (!group.any(last != 0)) return;
   if (aborted(call)) {
     for (u64 i = group.lane; i < u64(call.tokens) * kHidden; i += group.size)
-      call.args.y[i] = from_acc(quiet_nan());
+      row_at(call.args.y, i / kHidden, kOutputRowBytes)[i % kHidden] = from_acc(quiet_nan());
   }
   if (group.lane == 0) {
     store_relaxed(&call.args.state->calls, load_relaxed(&call.args.state->calls) + 1);

@@ -4,18 +4,7 @@
 // token order. Counts go to every rank at once; the list entry of a route goes straight into the owner's heap, sorted by
 // expert, so the owner builds M-blocks from the counts alone. Experts are numbered here by position: rank by rank, slot by slot.
 
-struct PlannerScratch {  // of one planner
-  u32* count;   // num_experts words each
-  u32* base;
-  u32* offset;
-  u32* tally;   // kTallies
-
-  DEVICE PlannerScratch(u32* words, int experts)
-      : count(words), base(words + experts), offset(words + 2 * experts), tally(words + 3 * experts) {}
-};
-
-enum Tally { kLive, kDropped, kMasked, kInvalid, kTallies };  // routes of this planner
-
+constexpr int kTallies = int(sizeof(PlannerScratch::tally) / sizeof(u32));
 constexpr u32 kNoRoute = 0xffffffffu;
 
 DEVICE int num_planners(const Call& call, int most) {
@@ -51,7 +40,7 @@ DEVICE int return_slot(const MoEArgs& args, u64 token, int j, int owner) {
 }
 
 template <class Group>
-DEVICE void count_routes(Group& group, const Call& call, u64 first, u64 last, const PlannerScratch& scratch) {
+DEVICE void count_routes(Group& group, const Call& call, u64 first, u64 last, PlannerScratch& scratch) {
   const Span span(call, Work::count_routes, group.lane == 0);
   const MoEArgs& args = call.args;
   for (int q = group.lane; q < args.num_experts; q += group.size) scratch.count[q] = 0;
@@ -64,8 +53,8 @@ DEVICE void count_routes(Group& group, const Call& call, u64 first, u64 last, co
     else if (args.topk_ids[route] < 0) ++masked;
     else ++invalid;
   }
-  group.add_all(&scratch.tally[kMasked], masked);
-  group.add_all(&scratch.tally[kInvalid], invalid);
+  group.add_all(&scratch.tally[u32(Tally::masked)], masked);
+  group.add_all(&scratch.tally[u32(Tally::invalid)], invalid);
   group.sync();
 }
 
@@ -84,15 +73,15 @@ DEVICE void send_counts(Group& group, const Call& call, int planner, int planner
   delay(call);
   for (int q = planner * group.size + group.lane; q < args.num_experts; q += planners * group.size) {
     const int owner = owner_of(args, q);
-    remote_store(call.count_words(owner, args.rank) + 1 + (q - args.owner_first[owner]), call.word(total[q]));
+    send_word(call, call.count_words(owner, args.rank) + 1 + (q - args.owner_first[owner]), total[q]);
   }
   if (planner != 0) return;
   for (int rank = group.lane; rank < args.world_size; rank += group.size)
-    remote_store(call.count_words(rank, args.rank), call.word(u32(call.tokens)));
+    send_word(call, call.count_words(rank, args.rank), u32(call.tokens));
 }
 
 template <class Group>
-DEVICE void write_lists(Group& group, const Call& call, u64 first, u64 last, const PlannerScratch& scratch) {
+DEVICE void write_lists(Group& group, const Call& call, u64 first, u64 last, PlannerScratch& scratch) {
   const Span span(call, Work::write_lists, group.lane == 0);
   const MoEArgs& args = call.args;
   u32 routes = 0, dropped = 0;
@@ -100,8 +89,8 @@ DEVICE void write_lists(Group& group, const Call& call, u64 first, u64 last, con
     const u64 route = start + group.lane;
     const u32 q = route < last ? route_position(args, route) : kNoRoute;
     u32 position = 0;
-    for (int part = 0; part < group.parts && start + u64(part) * group.kPart < last; ++part) {  // one after the other: route order
-      if (part == group.part()) position = group.take_numbers(scratch.base, q, q != kNoRoute);
+    for (int warp = 0; warp < group.warps && start + u64(warp) * group.kWarpLanes < last; ++warp) {  // in route order
+      if (warp == group.warp_index()) position = group.take_numbers(scratch.base, q, q != kNoRoute);
       group.sync();
     }
     if (route < last) {
@@ -116,23 +105,23 @@ DEVICE void write_lists(Group& group, const Call& call, u64 first, u64 last, con
       args.route_target[route] = live ? owner << 8 | slot : -1;
       if (live) {
         const ListEntry entry{u32(token) << 8 | u32(slot), args.topk_weights[route]};
-        remote_store(call.list(owner, args.rank) + ordinal, entry);
+        send_part(call.list(owner, args.rank) + ordinal, entry);
       }
       if (args.combine_by_rank) {  // each owner finds all its routes of a token here, in route order
         for (int rank = 0; rank < args.world_size; ++rank)
-          remote_store(call.ordinals(rank, args.rank) + route, live && rank == owner ? int(ordinal) : -1);
+          send_part(call.ordinals(rank, args.rank) + route, live && rank == owner ? int(ordinal) : -1);
       }
     }
   }
-  group.add_all(&scratch.tally[kLive], routes);
-  group.add_all(&scratch.tally[kDropped], dropped);
+  group.add_all(&scratch.tally[u32(Tally::live)], routes);
+  group.add_all(&scratch.tally[u32(Tally::dropped)], dropped);
   group.sync();
   add_tallies(group, args, scratch);
 }
 
 // The counts of all planners together; base becomes what the planners before this one have.
 template <class Group>
-DEVICE bool add_counts(Group& group, const Call& call, int planner, int planners, const PlannerScratch& scratch) {
+DEVICE bool add_counts(Group& group, const Call& call, int planner, int planners, PlannerScratch& scratch) {
   const MoEArgs& args = call.args;
   for (int q = group.lane; q < args.num_experts; q += group.size) scratch.base[q] = 0;
   if (planners == 1) return true;
@@ -165,7 +154,7 @@ DEVICE bool add_counts(Group& group, const Call& call, int planner, int planners
 }
 
 template <class Group>
-DEVICE bool plan_routes(Group& group, const Call& call, int planner, int planners, const PlannerScratch& scratch) {
+DEVICE bool plan_routes(Group& group, const Call& call, int planner, int planners, PlannerScratch& scratch) {
   const MoEArgs& args = call.args;
   const int share = (call.tokens + planners - 1) / planners;
   const int from = planner * share < call.tokens ? planner * share : call.tokens;

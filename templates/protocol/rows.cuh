@@ -32,9 +32,9 @@ DEVICE Run find_run(const Call& call, u32 expert_slot, u32 position) {
   int distance = 0;
   while (true) {
     const int source = source_at(call.args, distance);
-    const Segment part = segment(call, source, expert_slot);
-    if (position < part.rows) return Run{source, part.first + position, part.rows - position};
-    position -= part.rows;
+    const Segment theirs = segment(call, source, expert_slot);
+    if (position < theirs.rows) return Run{source, theirs.first + position, theirs.rows - position};
+    position -= theirs.rows;
     ++distance;
   }
 }
@@ -69,18 +69,18 @@ DEVICE void each_row(const Group& group, const Call& call, const ReadyBlock& blo
 }
 
 // Where the token's row is: in x, or in the heap where its source stored it.
-DEVICE const Element* input_row(const Call& call, const Row& row) {
-  if (row.source == call.args.rank) return call.args.x + u64(row.token()) * kHidden;
+DEVICE const Input* input_row(const Call& call, const Row& row) {
+  if (row.source == call.args.rank) return row_at(call.args.x, row.token(), kInputRowBytes);
   return call.received_row(call.args.rank, row.source, row.token());
 }
 
 // Where the expert's result goes: back to the source (combine by route), or staged until the owner has all of the token's.
-DEVICE Element* output_row(const Call& call, const Row& row) {
+DEVICE Returned* output_row(const Call& call, const Row& row) {
   if (call.args.combine_by_rank)
-    return call.args.staged_rows + (u64(row.source) * call.args.staged_stride + row.ordinal) * kHidden;
+    return row_at(call.args.staged_rows, row.source * call.args.staged_stride + row.ordinal, kReturnedRowBytes);
   return call.return_row(row.source, row.token(), row.slot());
 }
 
-DEVICE Element* intermediate_row(const Call& call, u32 issue, int row) {
-  return call.args.ring + (u64(issue % u32(call.args.ring_slots)) * kBlockM + row) * kIntermediate;
+DEVICE Middle* intermediate_row(const Call& call, u32 serial, int row) {
+  return row_at(call.args.ring, u64(serial % u32(call.args.ring_slots)) * kBlockM + row, kMiddleRowBytes);
 }

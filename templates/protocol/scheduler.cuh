@@ -1,20 +1,11 @@
 // ---- Scheduler: appends work to the task queue as soon as nothing remote is missing for it -----------------------------
-// A group is up to `group` consecutive M-blocks of one expert; their tasks are ordered column by column, so that a weight
-// tile is read from memory once. The queue is a list of entries {GEMM1 group, GEMM2 group}; each has the tickets of
-// group * (kGemm1Tiles + kGemm2Tiles) tasks, one for kCluster of them. A group is appended when all its rows are here
-// and its M-blocks hold slots of the intermediate ring; its GEMM2 follows `lag` groups later, or at once when processors
-// wait for work. So a claimed task waits only for tasks with lower tickets, which run: no cycle.
-
-struct SchedulerScratch {  // local_experts words each
-  u32* rows;         // per local expert, over all sources
-  u32* first_group;  // groups of the experts before
-
-  DEVICE SchedulerScratch(u32* words, int experts) : rows(words), first_group(words + experts) {}
-};
+// A panel is appended when all its rows are here and its M-blocks hold slots of the intermediate ring; its next phase follows
+// `lag` panels later, or at once when processors wait for work. So a claimed task waits only for tasks with lower tickets,
+// which run: no cycle.
 
 // Wait for the counts of EVERY rank, also when there is nothing to do: it bounds how far a peer can run ahead.
 template <class Group>
-DEVICE bool gather_counts(Group& group, const Call& call, const SchedulerScratch& scratch) {
+DEVICE bool gather_counts(Group& group, const Call& call, SystemScratch& scratch) {
   const Span span(call, Work::gather_counts, group.lane == 0);
   const MoEArgs& args = call.args;
   const int experts = args.local_experts;
@@ -34,28 +25,28 @@ DEVICE bool gather_counts(Group& group, const Call& call, const SchedulerScratch
         if (slot >= experts) break;
         u32 rows = u32(seen[i]);
         if (seen[i] >> 32 != call.epoch) here = wait_word(call, Await::counts, u32(source), words + 1 + slot, &rows);
-        segment(call, source, u32(slot)).rows = scratch.first_group[slot] = rows;
+        segment(call, source, u32(slot)).rows = scratch.first_panel[slot] = rows;
         scratch.rows[slot] += rows;
       }
     }
     if (group.any(!here)) return false;
-    exclusive_scan(group, scratch.first_group, experts);
+    exclusive_scan(group, scratch.first_panel, experts);
     for (int slot = group.lane; slot < experts; slot += group.size)
-      segment(call, source, u32(slot)).first = scratch.first_group[slot];
+      segment(call, source, u32(slot)).first = scratch.first_panel[slot];
     group.sync();
   }
   return true;
 }
 
-// Group `m` in expert order; `height` rows make a full one.
-DEVICE ReadyBlock group_at(const SchedulerScratch& scratch, int experts, u32 height, u32 m) {
-  int low = 0, high = experts - 1;  // the last expert whose first group is <= m (experts without rows share it with the next)
+// Panel `m` in expert order; `height` rows make a full one.
+DEVICE ReadyBlock panel_at(const SystemScratch& scratch, int experts, u32 height, u32 m) {
+  int low = 0, high = experts - 1;  // the last expert whose first panel is <= m (experts without rows share it with the next)
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (scratch.first_group[middle] <= m) low = middle;
+    if (scratch.first_panel[middle] <= m) low = middle;
     else high = middle - 1;
   }
-  const u32 first_row = (m - scratch.first_group[low]) * height;
+  const u32 first_row = (m - scratch.first_panel[low]) * height;
   const u32 rest = scratch.rows[low] - first_row;
   return ReadyBlock{u32(low), first_row, rest < height ? rest : height, 0};
 }
@@ -69,94 +60,79 @@ DEVICE bool all_arrived(Group& group, const Call& call) {
   return !group.any(!here);
 }
 
-// Rows of a source arrive in token order, so its last row of the group decides.
+// Rows of a source arrive in token order, so its last row of the panel decides.
 DEVICE bool rows_arrived(const Call& call, const ReadyBlock& block) {
   const MoEArgs& args = call.args;
   u32 start = 0;
   for (int distance = 0; distance < args.world_size; ++distance) {
     const int source = source_at(args, distance);
-    const Segment part = segment(call, source, block.expert_slot);
+    const Segment theirs = segment(call, source, block.expert_slot);
     const u32 low = block.first_row > start ? block.first_row : start;
-    const u32 end = block.first_row + block.rows < start + part.rows ? block.first_row + block.rows : start + part.rows;
+    const u32 end = block.first_row + block.rows < start + theirs.rows ? block.first_row + block.rows : start + theirs.rows;
     if (low < end) {
       const u32 arrived = load_acquire<Scope::device>(&call.counters().arrived[source]);
       if (arrived == 0) return false;  // a source's first chunk also brings its lists: not to be read before
-      const ListEntry last = call.list(args.rank, source)[part.first + (end - 1 - start)];
+      const ListEntry last = call.list(args.rank, source)[theirs.first + (end - 1 - start)];
       if ((last.token_slot >> 8) / kChunkTokens >= arrived) return false;
     }
-    start += part.rows;
+    start += theirs.rows;
   }
   return true;
 }
 
 struct Queue {
-  u32 group = 1;    // M-blocks of a full group
-  u32 lag = 0;      // groups between a GEMM1 and its GEMM2
-  u32 groups = 0;   // to be appended in this call
+  u32 panel = 1;    // M-blocks of a full panel
+  u32 lag = 0;      // panels between two phases of one
+  u32 panels = 0;   // to be appended in this call
   u32 entries = 0;  // written
-  u32 issued = 0;   // groups whose GEMM1 is in the queue
-  u32 highest = 0;  // no group from here on is
-  u32 second = 0;   // groups whose GEMM2 is in the queue
-  u32 units = 0;    // M-blocks of the issued groups
-  u32 retired = 0;  // leading M-blocks whose GEMM2 is finished: their ring slots are free
+  u32 highest = 0;  // no panel from here on is
+  u32 blocks = 0;   // M-blocks of the issued panels: the next serial
+  u32 retired = 0;  // leading M-blocks that are done: their ring slots are free
   bool all_here = false;  // all rows of all sources
+  u32 issued[kNumPhases] = {};  // leading panels whose tasks of that phase are in the queue; never more than of the one before
+
+  DEVICE u32 held_back() const { return issued[0] - issued[kNumPhases - 1]; }
 };
 
-// How many M-blocks share their weight tiles: as many as an active expert has on average, in whole claims.
-DEVICE u32 group_size(u32 blocks, u32 active, u32 most) {
-  const u32 share = active == 0 ? 1 : (blocks + active - 1) / active;
-  const u32 whole = (share + kCluster - 1) / kCluster * kCluster;
-  return whole < most ? whole : most;
-}
-
-// M-blocks that so many rows of an expert take: kCluster for each claim, but one for a last claim that has no more rows.
-DEVICE u32 members_of(u32 rows) {
-  constexpr u32 kMost = kCluster * kBlockM;
-  const u32 rest = rows % kMost;
-  return rows / kMost * kCluster + (rest == 0 ? 0 : rest <= u32(kBlockM) ? 1 : kCluster);
-}
-
-// The lag in groups that have so many M-blocks: as many tasks between a GEMM1 and its GEMM2 as `lag` single M-blocks put there.
-DEVICE u32 group_lag(u32 lag, u32 members) {
-  constexpr u32 kTiles = kGemm1Tiles + kGemm2Tiles;
-  if (lag == 0) return 0;
-  const u32 between = lag * kTiles - kGemm2Tiles;
-  return ((between + members - 1) / members + kGemm2Tiles + kTiles - 1) / kTiles;
-}
-
-// Append the ready ones of groups [base, base + group.size).
+// Append the ready ones of panels [base, base + group.size).
 template <class Group>
-DEVICE void append_ready(Group& group, const Call& call, const SchedulerScratch& scratch, Queue& queue, u32 base) {
+DEVICE void append_ready(Group& group, const Call& call, const SystemScratch& scratch, Queue& queue, u32 base) {
   const MoEArgs& args = call.args;
   const u32 m = base + group.lane;
-  const bool candidate = m < queue.groups && (m >= queue.highest || args.appended[m] != call.epoch);
+  const bool candidate = m < queue.panels && (m >= queue.highest || args.appended[m] != call.epoch);
   ReadyBlock block{};
-  if (m < queue.groups) block = group_at(scratch, args.local_experts, queue.group * kBlockM, m);
+  if (m < queue.panels) block = panel_at(scratch, args.local_experts, queue.panel * kBlockM, m);
   const bool ready = candidate && (queue.all_here || rows_arrived(call, block));
-  const u32 room = u32(args.ring_slots) - (queue.units - queue.retired);
-  const u32 members = ready ? members_of(block.rows) : 0;
+  const u32 room = u32(args.ring_slots) - (queue.blocks - queue.retired);
+  const u32 blocks = ready ? blocks_of(block.rows) : 0;
   u32 total = 0, taken = 0;
-  const u32 before = group.exclusive_sum(members, &total);
-  const bool fits = ready && before + members <= room;
-  const u32 rank = group.exclusive_count(fits, &taken);
+  const u32 before = group.exclusive_sum(blocks, &total);
+  const bool fits = ready && before + blocks <= room;
+  const u32 order = group.exclusive_count(fits, &taken);
   if (fits) {
-    block.unit = queue.units + before;
+    block.serial = queue.blocks + before;
     args.appended[m] = call.epoch;
-    args.ready[queue.issued + rank] = block;
+    args.ready[queue.issued[0] + order] = block;
   }
-  group.sync();  // a GEMM2 may be of a group that another lane has just issued
+  group.sync();  // a later phase may be of a panel that another lane has just issued
   if (fits) {
-    const int second = int(queue.issued + rank) - int(queue.lag);
-    ReadyBlock* const entry = args.entries + 2 * u64(queue.entries + rank);
+    ReadyBlock* const entry = args.entries + kNumPhases * u64(queue.entries + order);
     entry[0] = block;
-    entry[1] = second >= int(queue.second) ? args.ready[second] : ReadyBlock{};
+#pragma unroll
+    for (u32 phase = 1; phase < kNumPhases; ++phase) {
+      const int panel = int(queue.issued[0] + order) - int(phase * queue.lag);
+      entry[phase] = panel >= int(queue.issued[phase]) ? args.ready[panel] : ReadyBlock{};
+    }
   }
   if (taken != 0 && base + group.size > queue.highest) queue.highest = base + group.size;
   queue.entries += taken;
-  queue.issued += taken;
-  queue.units += group.sum(fits ? members : 0);
-  const int second = int(queue.issued) - int(queue.lag);
-  if (second > int(queue.second)) queue.second = u32(second);
+  queue.issued[0] += taken;
+  queue.blocks += group.sum(fits ? blocks : 0);
+#pragma unroll
+  for (u32 phase = 1; phase < kNumPhases; ++phase) {
+    const int panels = int(queue.issued[0]) - int(phase * queue.lag);
+    if (panels > int(queue.issued[phase])) queue.issued[phase] = u32(panels);
+  }
 }
 
 template <class Group>
@@ -164,31 +140,31 @@ DEVICE void publish_entries(Group& group, const Call& call, const Queue& queue, 
   const Span span(call, Work::append, group.lane == 0, queue.entries);
   group.sync();
   delay(call);
-  if (group.lane == 0)  // pairs with wait_ready() of the processors
-    store_release<Scope::device>(&call.counters().queue, u64(queue.group) << 32 | queue.entries | (closed ? kClosed : 0));
+  if (group.lane == 0)  // pairs with wait_task() of the processors
+    store_release<Scope::device>(&call.counters().queue, queue_word(queue.entries, queue.panel, closed));
 }
 
-// How the M-blocks are grouped; leaves first_group as group_at() reads it.
+// How the M-blocks form panels; leaves first_panel as panel_at() reads it.
 template <class Group>
-DEVICE Queue plan_queue(Group& group, const Call& call, const SchedulerScratch& scratch) {
+DEVICE Queue plan_queue(Group& group, const Call& call, SystemScratch& scratch) {
   const MoEArgs& args = call.args;
   const int experts = args.local_experts;
   u32 rows = 0, blocks = 0, active = 0;
   for (int slot = group.lane; slot < experts; slot += group.size) {
     rows += scratch.rows[slot];
-    blocks += members_of(scratch.rows[slot]);
+    blocks += blocks_of(scratch.rows[slot]);
     active += u32(scratch.rows[slot] != 0);
   }
   rows = group.sum(rows);
   blocks = group.sum(blocks);
   active = group.sum(active);
   Queue queue;
-  queue.group = group_size(blocks, active, u32(args.max_group));
-  const u32 height = queue.group * kBlockM;
+  queue.panel = panel_size(blocks, active, u32(args.max_panel));
+  const u32 height = queue.panel * kBlockM;
   for (int slot = group.lane; slot < experts; slot += group.size)
-    scratch.first_group[slot] = (scratch.rows[slot] + height - 1) / height;
-  queue.groups = exclusive_scan(group, scratch.first_group, experts);
-  queue.lag = queue.groups == 0 ? 0 : group_lag(u32(args.lag), blocks / queue.groups);
+    scratch.first_panel[slot] = (scratch.rows[slot] + height - 1) / height;
+  queue.panels = exclusive_scan(group, scratch.first_panel, experts);
+  queue.lag = queue.panels == 0 ? 0 : panel_lag(u32(args.lag), blocks / queue.panels);
   if (group.lane == 0) {
     fetch_add_relaxed(&args.state->rows, u64(rows));
     fetch_add_relaxed(&args.state->blocks, u64(blocks));
@@ -196,52 +172,59 @@ DEVICE Queue plan_queue(Group& group, const Call& call, const SchedulerScratch& 
   return queue;
 }
 
-// Entries for the held-back GEMM2 of groups [queue.second, last).
+// Entries for the next `count` panels whose later phases are held back.
 template <class Group>
-DEVICE void append_second(Group& group, const Call& call, Queue& queue, u32 last) {
-  const u32 count = last - queue.second;
+DEVICE void append_held_back(Group& group, const Call& call, Queue& queue, u32 count) {
   for (u32 i = group.lane; i < count; i += group.size) {
-    ReadyBlock* const entry = call.args.entries + 2 * u64(queue.entries + i);
+    ReadyBlock* const entry = call.args.entries + kNumPhases * u64(queue.entries + i);
     entry[0] = ReadyBlock{};
-    entry[1] = call.args.ready[queue.second + i];
+#pragma unroll
+    for (u32 phase = 1; phase < kNumPhases; ++phase) {
+      const u32 panel = queue.issued[phase] + i;
+      entry[phase] = panel < queue.issued[0] ? call.args.ready[panel] : ReadyBlock{};
+    }
   }
   queue.entries += count;
-  queue.second = last;
+#pragma unroll
+  for (u32 phase = 1; phase < kNumPhases; ++phase) {
+    const u32 panels = queue.issued[phase] + count;
+    queue.issued[phase] = panels < queue.issued[0] ? panels : queue.issued[0];
+  }
 }
 
 template <class Group>
-DEVICE void schedule(Group& group, const Call& call, const SchedulerScratch& scratch) {
+DEVICE void schedule(Group& group, const Call& call, SystemScratch& scratch) {
   const MoEArgs& args = call.args;
   if (!gather_counts(group, call, scratch)) return;
   Queue queue = plan_queue(group, call, scratch);
-  u32 first = 0;  // every group before it is appended; the sweep starts here
-  while (queue.second < queue.groups) {
+  u32 first = 0;  // every panel before it is appended; the sweep starts here
+  while (queue.issued[kNumPhases - 1] < queue.panels) {
     const u32 next = queue.retired + group.lane;
-    const bool done = next < queue.units && load_acquire<Scope::device>(call.gemm2_done(next)) == u32(kGemm2Parts);
+    const bool done = next < queue.blocks && load_acquire<Scope::device>(call.done_parts(next)) == kDoneParts;
     queue.retired += group.leading(done);
     queue.all_here = queue.all_here || all_arrived(group, call);
     const u32 before = queue.entries;
-    for (u32 base = first; base < queue.groups && queue.issued < queue.groups; base += group.size) {
-      if (u32(args.ring_slots) - (queue.units - queue.retired) < queue.group) break;
+    for (u32 base = first; base < queue.panels && queue.issued[0] < queue.panels; base += group.size) {
+      if (u32(args.ring_slots) - (queue.blocks - queue.retired) < queue.panel) break;
       const u32 entries = queue.entries;
       append_ready(group, call, scratch, queue, base);
       if (queue.entries != entries) publish_entries(group, call, queue, false);
     }
-    // The rest of the GEMM2 when all GEMM1 are out; nothing new while a processor waits: the next GEMM2.
-    if (queue.issued == queue.groups) {
-      append_second(group, call, queue, queue.issued);
+    // The rest of the later phases when the first of all is out; nothing new while a processor waits: the next one's.
+    if (queue.issued[0] == queue.panels) {
+      append_held_back(group, call, queue, queue.held_back());
       publish_entries(group, call, queue, false);
-    } else if (queue.entries == before && queue.second < queue.issued) {
-      const u32 offered = queue.entries * (queue.group / kCluster) * u32(kGemm1Tiles + kGemm2Tiles);  // tickets
+    } else if (queue.entries == before && queue.held_back() != 0) {
+      const u32 offered = queue.entries * entry_tickets(queue.panel);
       const bool idle = group.broadcast(load_relaxed(&call.counters().task_ticket), 0) >= offered;
       if (idle) {
-        append_second(group, call, queue, queue.second + 1);
+        append_held_back(group, call, queue, 1);
         publish_entries(group, call, queue, false);
       }
     }
     if (queue.entries == before) backoff(0);
     const u32 m = first + group.lane;  // lanes see each other's appends since publish_entries()
-    first += group.leading(m < queue.groups && args.appended[m] == call.epoch);
+    first += group.leading(m < queue.panels && args.appended[m] == call.epoch);
     if (group.any(aborted(call))) return;  // whoever waits for remote events (the subscriber) or for tasks has the deadline
   }
   publish_entries(group, call, queue, true);

@@ -3,12 +3,6 @@
 constexpr bool kTrace = ${(instrument.trace_events > 0) | cpp};
 constexpr u32 kTracks = ${plan.tracks};  // of a party: its warps, each with events of its own
 
-enum class Work : u32 {
-//% for work in works
-  ${work},
-//% endfor
-};
-
 // One event, from construction to destruction. One lane of a track is `mine`; `what` tells pieces of the same work apart.
 struct Span {
   const Call& call;

@@ -1,16 +1,7 @@
-// ---- Block program: the last block of the grid runs the OS, all others process ----------------------------------------
+// ---- Block program: how a block runs its tasks -------------------------------------------------------------------------
 // A processor is kMmaWarps warps that run tasks and one that fetches them: it claims the next ticket, waits for its entry
 // and looks up its rows while the current task runs. It may wait there, because the current task needs nothing of it.
-constexpr int kThreads = ${plan.threads};
-static_assert(kThreads == kMmaThreads + 32);
 static_assert(kCluster == 1, "a claim is one block's");
-
-// Dynamic shared memory: kWorkBytes for whoever works (stages, staging, scratch), then this.
-struct BlockState {
-  TaskSlot slot[2];
-  alignas(16) u32 sums[(kThreads / 32 + 3) / 4 * 4];  // read four at a time
-};
-static_assert(kWorkBytes % 128 == 0 && kWorkBytes + sizeof(BlockState) <= kSharedBytes);
 
 // Slots are handed over with named barriers on which one side waits and the other only arrives. Their numbers are
 // constants: for a computed one ptxas would reserve all 16.
@@ -26,14 +17,6 @@ DEVICE void hand_over_slot(u32 barrier, u32 side) {
   else bar_arrive(barrier + 1, kThreads);
 }
 
-DEVICE void look_up_rows(const WarpGroup& warp, const Call& call, const Task& task, TaskSlot& slot) {
-  const Span span(call, Work::resolve, warp.lane == 0, task.issue, task.column);
-  each_row(warp, call, task.block, 0, int(task.block.rows), [&](int r, const Row& row) {
-    slot.row[r] = task.kind == TaskKind::gemm1 ? input_row(call, row) : output_row(call, row);
-    slot.weight[r] = row.entry.weight;
-  });
-}
-
 DEVICE void fetch_tasks(const Call& call, TaskSlot* slots) {
   WarpGroup warp;
   for (u32 turn = 0;; ++turn) {
@@ -45,16 +28,16 @@ DEVICE void fetch_tasks(const Call& call, TaskSlot* slots) {
       slot.task = claim_task(call);
     }
     warp.sync();  // the lanes below read what the scheduler published after lane 0 acquired it
-    const Task task = slot.task;
-    look_up_rows(warp, call, task, slot);
+    const TaskKind kind = slot.task.kind;
+    look_up_rows(warp, call, slot);
     hand_over_slot(kFullBarrier, side);
-    if (task.kind != TaskKind::closed) continue;
+    if (kind != TaskKind::closed) continue;
     if (turn != 0) wait_slot(kEmptyBarrier, side ^ 1);  // of the last task: no barrier is left half-arrived
     return;
   }
 }
 
-DEVICE void run_tasks(const Call& call, TaskSlot* slots, char* work) {
+DEVICE void run_slots(const Call& call, TaskSlot* slots, char* work) {
   for (u32 turn = 0;; ++turn) {
     const u32 side = turn % 2;
     wait_slot(kFullBarrier, side);
@@ -67,43 +50,20 @@ DEVICE void run_tasks(const Call& call, TaskSlot* slots, char* work) {
   }
 }
 
-DEVICE void process(BlockGroup& block, const Call& call, char* work, BlockState& state) {
-  const int processors = int(gridDim.x) - 1;
-  const int planners = num_planners(call, processors);
-  if (int(blockIdx.x) < planners) {
-    const PlannerScratch scratch(reinterpret_cast<u32*>(work), call.args.num_experts);
-    if (!plan_routes(block, call, int(blockIdx.x), planners, scratch)) return;
-  }
-  WarpGroup warp;
-  if (block.any(!dispatch(warp, call, planners))) return;  // every warp claims chunks for itself
-  if (threadIdx.x < kMmaThreads) run_tasks(call, state.slot, work);
-  else fetch_tasks(call, state.slot);
-  // What only the combine needs is read again rather than held in registers during the tasks.
-  if (aborted(call)) return;
-  const u32 blocks = grid_size();
-  combine(warp, begin_call(call.args, blockIdx.x, blocks, Role::processor), (int(blocks) - 1) * (kThreads / 32));
-}
+struct MmaParty : BlockParty {
+  BlockState& state;
 
-DEVICE void run_system(const Call& call, char* work) {
-  WarpGroup warp;
-  u32* const words = reinterpret_cast<u32*>(work);
-  const int experts = call.args.local_experts;
-  if (call.role == Role::scheduler) schedule(warp, call, SchedulerScratch(words, experts));
-  if (call.role == Role::subscriber) subscribe(warp, call, words + 2 * experts);
-}
+  DEVICE void run_tasks(const Call& call, bool able) const {
+    if (!able) return;
+    if (threadIdx.x < kMmaThreads) run_slots(call, state.slot, work);
+    else fetch_tasks(call, state.slot);
+  }
+};
 
 extern "C" __global__ void __launch_bounds__(kThreads, ${plan.min_blocks})
 ${name}(const __grid_constant__ MoEArgs args) {
   extern __shared__ __align__(1024) char work[];
   BlockState& state = *reinterpret_cast<BlockState*>(work + kWorkBytes);
-  BlockGroup block{state.sums};
-  const bool system = blockIdx.x == gridDim.x - 1;
-  const Role role = !system || threadIdx.x >= 64 ? Role::processor : threadIdx.x < 32 ? Role::scheduler : Role::subscriber;
-  const Call call = begin_call(args, blockIdx.x, gridDim.x, role);
-  const Span span(call, Work::kernel, threadIdx.x == 0);
-  if (system) run_system(call, work);
-  else process(block, call, work, state);
-  // Read again rather than held in registers all along: the epoch stands until every block has left.
-  const u32 blocks = grid_size();
-  leave(block, begin_call(args, blockIdx.x, blocks, role), blockIdx.x, blocks);
+  MmaParty party{{args, work, {state.sums}}, state};
+  run_party(party);
 }

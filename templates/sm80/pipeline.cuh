@@ -5,6 +5,8 @@ constexpr int kWarpsN = ${tile.warps_n};
 constexpr int kMmaWarps = kWarpsM * kWarpsN;
 constexpr int kMmaThreads = kMmaWarps * 32;  // the first threads of the block
 constexpr u32 kMmaBarrier = 1;               // barrier 0 is __syncthreads()
+constexpr int kThreads = ${plan.threads};
+static_assert(kThreads == kMmaThreads + 32);
 
 constexpr int kRowBytes = kBlockK * int(sizeof(Element));  // of a stage
 constexpr int kChunks = kRowBytes / 16;
@@ -45,12 +47,12 @@ struct RowLoader {
 
   // locate(row) is where a row starts, null when it is absent; `anywhere` is an address to name without reading it.
   template <class Locate>
-  DEVICE RowLoader(const Element* anywhere, Locate locate) {
+  DEVICE RowLoader(const void* anywhere, Locate locate) {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      const Element* start = has_row<kBlockM>(pass) ? locate(int(loader_row()) + pass * kRowsPerPass) : nullptr;
+      const void* const start = has_row<kBlockM>(pass) ? locate(int(loader_row()) + pass * kRowsPerPass) : nullptr;
       present |= u32(start != nullptr) << pass;
-      from[pass] = reinterpret_cast<const char*>(start != nullptr ? start : anywhere) + loader_byte();
+      from[pass] = static_cast<const char*>(start != nullptr ? start : anywhere) + loader_byte();
     }
   }
   template <int kDepth>
@@ -73,10 +75,10 @@ struct WeightLoader {
   long long pass_bytes;
   int present;  // leading passes
 
-  DEVICE WeightLoader(const Element* matrix, long long row_stride, int first, int step, int count) {
+  DEVICE WeightLoader(const Weight* matrix, long long row_bytes, int first, int step, int count) {
     present = first < count ? (count - first + step - 1) / step : 0;
-    from = reinterpret_cast<const char*>(matrix + (present > 0 ? first * row_stride : 0)) + loader_byte();
-    pass_bytes = step * row_stride * int(sizeof(Element));
+    from = reinterpret_cast<const char*>(row_at(matrix, present > 0 ? first : 0, row_bytes)) + loader_byte();
+    pass_bytes = step * row_bytes;
   }
   template <int kDepth>
   DEVICE void load(u32 stage, int step) const {

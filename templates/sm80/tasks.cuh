@@ -3,23 +3,17 @@ constexpr int kWorkBytes = ${plan.work_bytes};  // of dynamic shared memory: the
 constexpr int kSharedBytes = ${plan.shared_bytes};
 static_assert(kStages * kStageBytes <= kWorkBytes);
 
-// A task and its M-block's rows, resolved by the fetcher warp while the MMA warps run the task before.
-struct TaskSlot {
-  Task task;
-  float weight[kBlockM];        // of the route
-  const Element* row[kBlockM];  // GEMM1: the input row; GEMM2: where the result goes
-};
-
-// Special registers, read again where they are used: what follows from them would take registers during the products, and where
-// elements are wide there are none left.
-//% for name, register, builtin in [("thread_index", "tid", "threadIdx"), ("grid_size", "nctaid", "gridDim")]
-DEVICE u32 ${name}() {
-  if constexpr (sizeof(Element) == 2) return ${builtin}.x;
-  u32 value;
-  asm volatile("mov.u32 %0, %%${register}.x;" : "=r"(value));
-  return value;
-}
+// In dynamic shared memory behind the work: slots for a task and its M-block's rows, resolved by the fetcher warp while the MMA
+// warps run the task before.
+//% for struct in block_structs
+${struct.cpp}
 //% endfor
+static_assert(kWorkBytes % 128 == 0 && kWorkBytes + sizeof(BlockState) == kSharedBytes);
+
+DEVICE void keep_row(TaskSlot& slot, const Task& task, int r, const Call& call, const Row& row) {
+  const void* const place = task.kind == TaskKind::gemm1 ? static_cast<const void*>(input_row(call, row)) : output_row(call, row);
+  slot.row[r] = static_cast<const char*>(place);
+}
 
 // ---- Epilogue: staged in shared memory, stored in 16-byte vectors ----
 template <int kColumns>
@@ -39,25 +33,20 @@ struct Staging {
     for (int i = int(thread_index()); i < rows * kVectors; i += kMmaThreads) {
       const int row = i / kVectors, column = i % kVectors * kVector;
       if (first + column >= kWidth) continue;
-      const uint4 part = *reinterpret_cast<const uint4*>(bytes + row * kStride + column * int(sizeof(Element)));
-      *reinterpret_cast<uint4*>(to(row) + first + column) = part;
+      const uint4 vector = *reinterpret_cast<const uint4*>(bytes + row * kStride + column * int(sizeof(Element)));
+      *reinterpret_cast<uint4*>(to(row) + (first + column) * int(sizeof(Element))) = vector;
     }
   }
 };
-
-DEVICE Acc bias_at(const Element* bias, long long expert_stride, long long stride, u32 expert, int column, int width) {
-  if constexpr (!kBias) return Acc(0);
-  return column < width ? to_acc(bias[expert * expert_stride + column * stride]) : Acc(0);
-}
 
 // ---- GEMM1 ----
 // Gate and up of a column meet in one lane: atoms alternate, 8 columns of gate, the same 8 of up.
 DEVICE WeightLoader gemm1_weights(const MoEArgs& args, u64 expert, int first) {
   const int n = int(loader_row());
-  const Element* const up = args.up + expert * args.up_expert_stride;
+  const Weight* const up = row_at(args.up, expert, args.up_expert_stride);
   if constexpr (!kGated) return WeightLoader(up, args.up_row_stride, first + n, kRowsPerPass, kIntermediate);
   const bool is_gate = n / 8 % 2 == 0;
-  const Element* const matrix = is_gate ? args.gate + expert * args.gate_expert_stride : up;
+  const Weight* const matrix = is_gate ? row_at(args.gate, expert, args.gate_expert_stride) : up;
   return WeightLoader(matrix, is_gate ? args.gate_row_stride : args.up_row_stride, first + n / 16 * 8 + n % 8, kRowsPerPass / 2,
                       kIntermediate);
 }
@@ -99,7 +88,7 @@ DEVICE void gemm1_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums
 DEVICE void gemm1_tile(const Call& call, const TaskSlot& slot, char* work) {
   const MoEArgs& args = call.args;
   const Task task = slot.task;
-  const Span span(call, Work::gemm1, threadIdx.x == 0, task.issue, task.column);
+  const Span span(call, Work::gemm1, threadIdx.x == 0, task.serial, task.column);
   const int rows = int(task.block.rows);
   const int first = int(task.column) * kIntermediateColumns;
   const RowLoader row_loader(args.x, [&](int r) { return r < rows ? slot.row[r] : nullptr; });
@@ -109,10 +98,10 @@ DEVICE void gemm1_tile(const Call& call, const TaskSlot& slot, char* work) {
   const Staging<kIntermediateColumns> staging{work};
   gemm1_epilogue(args, slot, sums, staging);
   sync_mma();
-  Element* const block = intermediate_row(call, task.issue, 0);
-  staging.store<kIntermediate>(rows, first, [&](int r) { return block + r * kIntermediate; });
-  sync_mma();  // everyone's stores are before the release in publish_gemm1()
-  if (threadIdx.x == 0) publish_gemm1(call, task);
+  char* const block = reinterpret_cast<char*>(intermediate_row(call, task.serial, 0));
+  staging.store<kIntermediate>(rows, first, [&](int r) { return block + r * kMiddleRowBytes; });
+  sync_mma();  // everyone's stores are before the release in publish_tile()
+  if (threadIdx.x == 0) publish_tile(call, task);
 }
 
 // ---- GEMM2 ----
@@ -144,14 +133,14 @@ DEVICE void gemm2_epilogue(const MoEArgs& args, const Task& task, const float* w
 DEVICE void gemm2_tile(const Call& call, const TaskSlot& slot, char* work) {
   const MoEArgs& args = call.args;
   const Task task = slot.task;
-  const Span span(call, Work::gemm2, threadIdx.x == 0, task.issue, task.column);
+  const Span span(call, Work::gemm2, threadIdx.x == 0, task.serial, task.column);
   const int rows = int(task.block.rows);
   const int first = int(task.column) * kBlockN;
-  const Element* const block = intermediate_row(call, task.issue, 0);
-  const RowLoader row_loader(block, [&](int r) { return r < rows ? block + r * kIntermediate : nullptr; });
-  const WeightLoader column_loader(args.down + task.block.expert_slot * args.down_expert_stride, args.down_row_stride,
+  const char* const block = reinterpret_cast<const char*>(intermediate_row(call, task.serial, 0));
+  const RowLoader row_loader(block, [&](int r) { return r < rows ? block + r * kMiddleRowBytes : nullptr; });
+  const WeightLoader column_loader(row_at(args.down, task.block.expert_slot, args.down_expert_stride), args.down_row_stride,
                                    first + int(loader_row()), kRowsPerPass, kHidden);
-  FinishedTiles finished{call, task.issue};
+  FinishedTiles finished{call, task.serial};
   Sums sums;
   multiply_tile<kIntermediate>(sums, row_loader, column_loader, shared_address(work), [&](int step) {
     const int begin = step * kBlockK, end = begin + kBlockK < kIntermediate ? begin + kBlockK : kIntermediate;
@@ -161,9 +150,9 @@ DEVICE void gemm2_tile(const Call& call, const TaskSlot& slot, char* work) {
   const Staging<kBlockN> staging{work};
   gemm2_epilogue(args, task, slot.weight, sums, staging);
   sync_mma();
-  staging.store<kHidden>(rows, first, [&](int r) { return const_cast<Element*>(slot.row[r]); });
-  sync_mma();  // everyone's stores are before the release in publish_gemm2()
-  const bool finisher = threadIdx.x == 0 && publish_gemm2(call, task);
+  staging.store<kHidden>(rows, first, [&](int r) { return const_cast<char*>(slot.row[r]); });
+  sync_mma();  // everyone's stores are before the release in finish_tile()
+  const bool finisher = threadIdx.x == 0 && finish_tile(call, task);
   if (!bar_red_or(kMmaBarrier, kMmaThreads, finisher)) return;
   WarpGroup warp;  // all tiles of the M-block are before this barrier: each warp returns its share of the rows
   const int share = int(threadIdx.x) / 32;

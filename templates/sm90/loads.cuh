@@ -1,12 +1,10 @@
 // ---- Loading: what a task brings into the stages, step by step -------------------------------------------------------
-// A task and its M-block's rows, resolved by the fetch warp while the task before runs.
-struct TaskSlot {
-  Task task;
-  u32 spoiled;                   // an abort left rows that must not be published; set before the last stage is full
-  float weight[kBlockM];         // of the route
-  const Element* from[kBlockM];  // GEMM1: the input row
-  Element* to[kBlockM];          // GEMM1: of the intermediate, GEMM2: where the result goes
-};
+DEVICE void keep_row(TaskSlot& slot, const Task& task, int r, const Call& call, const Row& row) {
+  const bool first = task.kind == TaskKind::gemm1;
+  if (first) slot.from[r] = reinterpret_cast<const char*>(input_row(call, row));
+  void* const to = first ? static_cast<void*>(intermediate_row(call, task.serial, r)) : output_row(call, row);
+  slot.to[r] = static_cast<char*>(to);
+}
 
 struct Maps {
   const TensorMap* gate;
@@ -47,7 +45,7 @@ DEVICE void load_weight_rows(u32 to, const TensorMap* map, u32 full, int k, int 
 template <bool kSplit, class NearEnd>
 DEVICE void load_task_weights(
     const Call& call, const Maps& maps, const Task& task, const Pipeline& pipeline, StageTurn& turn, NearEnd near_end) {
-  const Span span(call, Work::weights, true, task.issue, task.column);
+  const Span span(call, Work::weights, true, task.serial, task.column);
   // Weights that are read once should not drive rows, results and this code out of L2.
   const u64 policy = task.once ? createpolicy_evict_first() : createpolicy_evict_normal();
   if (task.kind == TaskKind::gemm1) {
@@ -83,8 +81,8 @@ template <bool kSplit>
 DEVICE void load_intermediate(const Call& call, const Maps& maps, TaskSlot& slot, const Pipeline& pipeline, StageTurn& turn) {
   using Tile = Shape<kSplit>;
   const u32 rows = slot.task.block.rows;
-  const int place = int(slot.task.issue % u32(call.args.ring_slots));
-  FinishedTiles finished{call, slot.task.issue};
+  const int place = int(slot.task.serial % u32(call.args.ring_slots));
+  FinishedTiles finished{call, slot.task.serial};
 #pragma unroll 1
   for (int step = 0; step < Tile::template kSteps<kIntermediate>; ++step) {
     const int begin = step * Tile::kStageK, end = begin + Tile::kStageK < kIntermediate ? begin + Tile::kStageK : kIntermediate;
@@ -95,11 +93,11 @@ DEVICE void load_intermediate(const Call& call, const Maps& maps, TaskSlot& slot
     if (threadIdx.x % 32 == 0) {
       if (acquired) fence_proxy_async_global();  // ordinary stores of other blocks, acquired by this thread, are read by TMA
       const u32 boxes = (rows + kRingRows - 1) / kRingRows;
-      mbarrier_arrive_expect_tx(pipeline.full(turn), boxes * Tile::kParts * kRingRows * kRowBytes);
-      for (int part = 0; part < Tile::kParts; ++part) {
-        const u32 to = pipeline.rows(turn) + part * Tile::kStepRowBytes;
+      mbarrier_arrive_expect_tx(pipeline.full(turn), boxes * Tile::kStageSteps * kRingRows * kRowBytes);
+      for (int i = 0; i < Tile::kStageSteps; ++i) {
+        const u32 to = pipeline.rows(turn) + i * Tile::kStepRowBytes;
         for (u32 row = 0; row < rows; row += kRingRows)
-          cp_async_bulk_tensor_3d(to + row * kRowBytes, maps.ring, pipeline.full(turn), begin + part * kBlockK, int(row), place,
+          cp_async_bulk_tensor_3d(to + row * kRowBytes, maps.ring, pipeline.full(turn), begin + i * kBlockK, int(row), place,
                                   createpolicy_evict_normal());
       }
     }
@@ -109,7 +107,7 @@ DEVICE void load_intermediate(const Call& call, const Maps& maps, TaskSlot& slot
 
 template <bool kSplit>
 DEVICE void load_task_rows(const Call& call, const Maps& maps, TaskSlot& slot, const Pipeline& pipeline, StageTurn& turn) {
-  const Span span(call, Work::gather, threadIdx.x % 32 == 0, slot.task.issue, slot.task.column);
+  const Span span(call, Work::gather, threadIdx.x % 32 == 0, slot.task.serial, slot.task.column);
   if (slot.task.kind == TaskKind::gemm1) gather_input<kSplit>(slot, pipeline, turn);
   else load_intermediate<kSplit>(call, maps, slot, pipeline, turn);
 }

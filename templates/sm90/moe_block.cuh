@@ -1,32 +1,16 @@
-// ---- Block program: the last block of the grid runs the OS, the clusters before its own process -----------------------
+// ---- Block program: how the clusters run tasks ------------------------------------------------------------------------
 // A processor is a cluster. A claim gives each of its blocks a task: an M-block, and all multiply the same weights, or, where
 // one M-block has all rows, a tile or a part of the columns of one. A block is one warpgroup that fetches tasks and loads, and
 // two that multiply. The loading warps have one job each: fetch (claim a ticket, wait for its entry, look up its rows),
 // weights, rows, publish. They wait for each other and for the consumers through mbarriers alone, so each is as far ahead as
 // its input allows.
-constexpr int kThreads = ${plan.threads};
-static_assert(kThreads == 128 + kConsumerThreads);
-
 // The multiprocessor's registers, given to who needs them: the sums of a consumer are kBlockN / 2 of its registers.
 constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
 constexpr int kLoaderRegisters = ${plan.loader_registers};
 constexpr int kConsumerRegisters = ${plan.consumer_registers};
 static_assert(kLoaderRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters);
 
-// Dynamic shared memory: kWorkBytes for whoever works (stages, patches, scratch), then this.
-constexpr u32 kSlots = 2;
-struct BlockState {
-  TaskSlot slot[kSlots];
-  alignas(16) u32 sums[(kThreads / 32 + 3) / 4 * 4];  // read four at a time
-  u64 stage_full[kStages], stage_empty[kStages];  // mbarriers
-  u64 slot_full[kSlots], slot_empty[kSlots];
-  u64 near_end;        // the loads of a task are nearly all issued: time to claim the next
-  u64 stored[kSlots];  // the consumers have stored a task's results
-  u64 mail_full[kSlots];
-  uint4 mail[kSlots][2];  // a claim of the cluster's first block
-  u32 able[kCluster];     // which blocks of the cluster can run tasks
-};
-static_assert(kWorkBytes % 128 == 0 && kWorkBytes + sizeof(BlockState) <= kSharedBytes);
+constexpr u32 kSlots = sizeof(BlockState::slot) / sizeof(TaskSlot);
 
 constexpr u32 kConsumerBarrier = 1, kLoaderBarrier = 2;  // 0 is __syncthreads()
 constexpr u32 kSlotUsers = 32 * (3 + kConsumerWarps);  // lanes that read a task: for weights, rows, publish, consumers
@@ -44,23 +28,13 @@ DEVICE void init_barriers(BlockState& state, const Pipeline& pipeline) {
   fence_mbarrier_init();
 }
 
-DEVICE void look_up_rows(const WarpGroup& warp, const Call& call, const Task& task, TaskSlot& slot) {
-  const Span span(call, Work::resolve, warp.lane == 0, task.issue, task.column);
-  const int rows = int(task.block.rows);
-  each_row(warp, call, task.block, 0, rows, [&](int r, const Row& row) {
-    if (task.kind == TaskKind::gemm1) slot.from[r] = input_row(call, row);
-    slot.to[r] = task.kind == TaskKind::gemm1 ? intermediate_row(call, task.issue, r) : output_row(call, row);
-    slot.weight[r] = row.entry.weight;
-  });
-}
-
 // By the first block of a cluster: the next task, also sent to the others. It alone decides that there are no more.
 DEVICE Task claim_for_all(const Call& call, BlockState& state, u32 side) {
   const Task task = claim_task(call);
   uint4 words[2];
   memcpy(words, &task, sizeof task);
   for (u32 block = 1; block < kCluster; ++block) {
-    const u32 mail = mapa(shared_address(state.mail[side]), block);
+    const u32 mail = mapa(shared_address(&state.mail[side]), block);
     st_shared_cluster_v4(mail, words[0]);
     st_shared_cluster_v4(mail + 16, words[1]);
     mbarrier_arrive_release_cluster(mapa(shared_address(&state.mail_full[side]), block));  // passes on what the claim acquired
@@ -71,7 +45,9 @@ DEVICE Task claim_for_all(const Call& call, BlockState& state, u32 side) {
 DEVICE Task receive_task(const BlockState& state, const Turn<kSlots>& turn) {
   while (!mbarrier_try_wait_parity_cluster(shared_address(&state.mail_full[turn.index]), turn.phase)) {
   }
-  const uint4 words[2] = {state.mail[turn.index][0], state.mail[turn.index][1]};
+  uint4 words[2];
+  static_assert(sizeof words == sizeof(Task));
+  memcpy(words, &state.mail[turn.index], sizeof words);
   Task task;
   memcpy(&task, words, sizeof task);
   return task;
@@ -92,10 +68,10 @@ DEVICE void fetch_tasks(const Call& call, BlockState& state) {
       slot.spoiled = 0;
     }
     warp.sync();  // the lanes below read what the scheduler published after lane 0 acquired it
-    const Task task = slot.task;
-    look_up_rows(warp, call, task, slot);
+    const TaskKind kind = slot.task.kind;
+    look_up_rows(warp, call, slot);
     mbarrier_arrive(shared_address(&state.slot_full[turn.index]));
-    if (task.kind == TaskKind::closed) return;
+    if (kind == TaskKind::closed) return;
     if (member != 0 && warp.lane == 0)  // the mail has been read
       mbarrier_arrive_release_cluster(mapa(shared_address(&state.slot_empty[turn.index]), 0));
     turn.advance();
@@ -184,27 +160,6 @@ DEVICE bool all_able(BlockState& state, bool able) {
   return all != 0;
 }
 
-DEVICE void run_tasks(BlockGroup& block, const Call& call, const Maps& maps, char* work, BlockState& state, bool able) {
-  const Pipeline pipeline{shared_address(work), shared_address(state.stage_full), shared_address(state.stage_empty)};
-  if (threadIdx.x == 0) init_barriers(state, pipeline);
-  fence_proxy_async_shared();  // the planner's scratch was written by ordinary stores, TMA writes over it
-  block.sync();
-  if (!all_able(state, able)) return;
-  const auto again = [&] { return begin_call(call.args, blockIdx.x, gridDim.x, Role::processor); };
-  if (threadIdx.x < 128) {
-    setmaxnreg_dec<kLoaderRegisters>();
-    load_tasks(again(), maps, state, pipeline);
-    bar_sync(kLoaderBarrier, 128);
-    setmaxnreg_inc<kLaunchRegisters>();  // waits until the consumers have given theirs back
-  } else {
-    setmaxnreg_inc<kConsumerRegisters>();
-    consume_tasks(again(), state, work, pipeline);
-    bar_sync(kConsumerBarrier, kConsumerThreads);
-    setmaxnreg_dec<kLaunchRegisters>();
-  }
-  if constexpr (kCluster > 1) barrier_cluster();  // the others use this block's shared memory until they are done
-}
-
 // The other blocks of the OS's cluster have no tasks.
 DEVICE void wait_for_close(const Call& call) {
   wait_until(
@@ -212,32 +167,37 @@ DEVICE void wait_for_close(const Call& call) {
       [&](u64 queue) { return (queue & kClosed) != 0; });
 }
 
-DEVICE void process(BlockGroup& block, const Call& call, const Maps& maps, char* work, BlockState& state) {
-  if (threadIdx.x == 0) maps.prefetch();
-  const int blocks = int(gridDim.x) - 1;  // without the OS
-  const int planners = num_planners(call, blocks);
-  bool able = true;
-  if (int(blockIdx.x) < planners) {
-    const PlannerScratch scratch(reinterpret_cast<u32*>(work), call.args.num_experts);
-    able = plan_routes(block, call, int(blockIdx.x), planners, scratch);
-  }
-  WarpGroup warp;
-  able = able && !block.any(!dispatch(warp, call, planners));  // every warp claims chunks for itself
-  if (blockIdx.x < gridDim.x - kCluster) run_tasks(block, call, maps, work, state, able);
-  else if (threadIdx.x == 0) wait_for_close(call);
-  block.sync();
-  // Each part reads the call again rather than hold all of it in registers: the epoch stands until every block has left.
-  const Call end = begin_call(call.args, blockIdx.x, gridDim.x, Role::processor);
-  if (!aborted(end)) combine(warp, end, blocks * (kThreads / 32));
-}
+struct WgmmaParty : BlockParty {
+  const Maps maps;
+  BlockState& state;
 
-DEVICE void run_system(const Call& call, char* work) {
-  WarpGroup warp;
-  u32* const words = reinterpret_cast<u32*>(work);
-  const int experts = call.args.local_experts;
-  if (call.role == Role::scheduler) schedule(warp, call, SchedulerScratch(words, experts));
-  if (call.role == Role::subscriber) subscribe(warp, call, words + 2 * experts);
-}
+  // Every block of a cluster comes here, able or not: the others wait for it.
+  DEVICE void run_tasks(const Call& call, bool able) const {
+    if (blockIdx.x < gridDim.x - kCluster) run_roles(able);
+    else if (threadIdx.x == 0) wait_for_close(call);
+    group.sync();
+  }
+
+  DEVICE void run_roles(bool able) const {
+    const Pipeline pipeline{shared_address(work), shared_address(state.stage_full), shared_address(state.stage_empty)};
+    if (threadIdx.x == 0) init_barriers(state, pipeline);
+    fence_proxy_async_shared();  // the planner's scratch was written by ordinary stores, TMA writes over it
+    group.sync();
+    if (!all_able(state, able)) return;
+    if (threadIdx.x < 128) {
+      setmaxnreg_dec<kLoaderRegisters>();
+      load_tasks(call(Role::processor), maps, state, pipeline);
+      bar_sync(kLoaderBarrier, 128);
+      setmaxnreg_inc<kLaunchRegisters>();  // waits until the consumers have given theirs back
+    } else {
+      setmaxnreg_inc<kConsumerRegisters>();
+      consume_tasks(call(Role::processor), state, work, pipeline);
+      bar_sync(kConsumerBarrier, kConsumerThreads);
+      setmaxnreg_dec<kLaunchRegisters>();
+    }
+    if constexpr (kCluster > 1) barrier_cluster();  // the others use this block's shared memory until they are done
+  }
+};
 
 extern "C" __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, ${plan.min_blocks})
     ${name}(
@@ -246,12 +206,7 @@ extern "C" __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads
         const __grid_constant__ TensorMap ring_map) {
   extern __shared__ __align__(1024) char work[];
   BlockState& state = *reinterpret_cast<BlockState*>(work + kWorkBytes);
-  BlockGroup block{state.sums};
-  const bool system = blockIdx.x == gridDim.x - 1;
-  const Role role = !system || threadIdx.x >= 64 ? Role::processor : threadIdx.x < 32 ? Role::scheduler : Role::subscriber;
-  const Call call = begin_call(args, blockIdx.x, gridDim.x, role);
-  const Span span(call, Work::kernel, threadIdx.x == 0);
-  if (system) run_system(call, work);
-  else process(block, call, Maps{&gate_map, &up_map, &down_map, &ring_map}, work, state);
-  leave(block, begin_call(args, blockIdx.x, gridDim.x, role), blockIdx.x, gridDim.x);
+  WgmmaParty party{{args, work, {state.sums}}, {&gate_map, &up_map, &down_map, &ring_map}, state};
+  if (threadIdx.x == 0) party.maps.prefetch();
+  run_party(party);
 }

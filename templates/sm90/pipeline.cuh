@@ -9,6 +9,8 @@ constexpr int kStages = ${tile.stages};
 constexpr int kConsumers = kBlockM / 64;  // warpgroups
 constexpr int kConsumerWarps = kConsumers * 4;
 constexpr int kConsumerThreads = kConsumers * 128;
+constexpr int kThreads = ${plan.threads};
+static_assert(kThreads == 128 + kConsumerThreads);
 
 constexpr int kRowBytes = kBlockK * int(sizeof(Element));
 constexpr u32 kRowStageBytes = kBlockM * kRowBytes;
@@ -17,11 +19,22 @@ constexpr u32 kStageBytes = kRowStageBytes + kWeightStageBytes;
 static_assert(kRowBytes == 128 && kStageBytes == ${plan.stage_bytes});
 static_assert(kRowStageBytes % 1024 == 0 && kStageBytes % 1024 == 0, "the swizzle is a function of the address");
 
+constexpr int kWorkBytes = ${plan.work_bytes};  // of dynamic shared memory: the stages, then a patch per consumer warp
+constexpr int kSharedBytes = ${plan.shared_bytes};
+
+// In dynamic shared memory behind the work: slots for a task and its M-block's rows, resolved by the fetch warp while the task
+// before runs, and the barriers of the block.
+//% for struct in block_structs
+${struct.cpp}
+//% endfor
+static_assert(kWorkBytes % 128 == 0 && kWorkBytes + sizeof(BlockState) == kSharedBytes);
+
 // How a tile is multiplied: whole by this block, or split by columns.
 template <bool kSplit>
 struct Shape {
-  static constexpr int kParts = kSplit ? kCluster : 1;
-  static constexpr int kStageK = kBlockK * kParts;  // elements of k in a stage
+  static constexpr int kParts = kSplit ? kCluster : 1;  // of the columns
+  static constexpr int kStageSteps = kParts;            // k steps in a stage: each takes as much less room
+  static constexpr int kStageK = kBlockK * kStageSteps;  // elements of k in a stage
   static constexpr u32 kStepRowBytes = kRowStageBytes / kParts, kStepWeightBytes = kWeightStageBytes / kParts;  // of one k step
   template <int kDepth>
   static constexpr int kSteps = (kDepth + kStageK - 1) / kStageK;  // stages of a tile
@@ -82,8 +95,8 @@ DEVICE void load_weights(const Pipeline& pipeline, StageTurn& turn, Load load, N
     pipeline.wait_empty(turn);
     mbarrier_arrive_expect_tx(pipeline.full(turn), kWeightStageBytes);
 #pragma unroll
-    for (int part = 0; part < Tile::kParts; ++part)
-      load(pipeline.weights(turn) + part * Tile::kStepWeightBytes, pipeline.full(turn), step * Tile::kStageK + part * kBlockK);
+    for (int i = 0; i < Tile::kStageSteps; ++i)
+      load(pipeline.weights(turn) + i * Tile::kStepWeightBytes, pipeline.full(turn), step * Tile::kStageK + i * kBlockK);
     turn.advance();
   }
 }
@@ -99,11 +112,11 @@ struct RowGather {
   int count;                // rows that are there
   const char* from[kRows];  // this lane's chunk of the next step
 
-  DEVICE RowGather(u32 of_lane, const Element* const* rows, int there) : lane(of_lane), count(there) {
+  DEVICE RowGather(u32 of_lane, const char* const* rows, int there) : lane(of_lane), count(there) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int row = int(first_row()) + i * 8;  // in place of an absent one beside it: one that can be read
-      from[i] = i * 8 < count ? reinterpret_cast<const char*>(rows[row < count ? row : count - 1]) + lane % 4 * 16 : nullptr;
+      from[i] = i * 8 < count ? rows[row < count ? row : count - 1] + lane % 4 * 16 : nullptr;
     }
   }
 
@@ -148,8 +161,8 @@ DEVICE void gather_rows(const Pipeline& pipeline, StageTurn& turn, RowGather& ga
   for (int step = 0; step < kSteps; ++step) {
     pipeline.wait_empty(turn);
 #pragma unroll
-    for (int part = 0; part < Tile::kParts; ++part)
-      gather.template load<kDepth, Tile::kStageK>(pipeline.rows(turn) + part * Tile::kStepRowBytes, step * Tile::kParts + part);
+    for (int i = 0; i < Tile::kStageSteps; ++i)
+      gather.template load<kDepth, Tile::kStageK>(pipeline.rows(turn) + i * Tile::kStepRowBytes, step * Tile::kStageSteps + i);
     cp_async_commit_group();
     turn.advance();
     if (step < kLanding) continue;
@@ -206,9 +219,9 @@ DEVICE void multiply_tile(Sums<kSplit>& sums, const Pipeline& pipeline, StageTur
     pipeline.wait_full(turn);
     wgmma_fence();
 #pragma unroll
-    for (int part = 0; part < Tile::kParts; ++part) {
-      const u32 rows = pipeline.rows(turn) + my_rows + part * Tile::kStepRowBytes;
-      const u32 weights = pipeline.weights(turn) + part * Tile::kStepWeightBytes;
+    for (int i = 0; i < Tile::kStageSteps; ++i) {
+      const u32 rows = pipeline.rows(turn) + my_rows + i * Tile::kStepRowBytes;
+      const u32 weights = pipeline.weights(turn) + i * Tile::kStepWeightBytes;
 #pragma unroll
       for (int k = 0; k < kRowBytes; k += 32)  // 16 elements of k; the swizzle goes by the address, so a step is just added
         wgmma_m64k16(sums.value, descriptor(rows + k), descriptor(weights + k));

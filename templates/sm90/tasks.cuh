@@ -1,10 +1,7 @@
 // ---- The two GEMM tasks as their consumers see them, and how they are published -----------------------------------------
-constexpr int kWorkBytes = ${plan.work_bytes};  // of dynamic shared memory: the stages, then a patch per consumer warp
-constexpr int kSharedBytes = ${plan.shared_bytes};
-
 // One lane of each consumer warpgroup records what the warpgroup does; a member past the last tile does nothing.
 DEVICE Span span_of(const Call& call, Work work, const Task& task) {
-  return Span(call, work, threadIdx.x % 128 == 0 && task.block.rows != 0, task.issue, task.column);
+  return Span(call, work, threadIdx.x % 128 == 0 && task.block.rows != 0, task.serial, task.column);
 }
 
 // In a trace, the wait for the first stage of a task stands apart from its products.
@@ -26,22 +23,22 @@ struct Patch {
     *reinterpret_cast<Pair*>(bytes + row * kStride + column * int(sizeof(Element))) = pair;
   }
   // A lane reads one vector of every kStep-th row.
-  static constexpr int kVectors = kColumns / kVector, kStep = 32 / kVectors, kParts = 16 / kStep;
-  DEVICE static int row(int part) { return int(threadIdx.x % 32) / kVectors + part * kStep; }
+  static constexpr int kVectors = kColumns / kVector, kStep = 32 / kVectors, kLaneVectors = 16 / kStep;
+  DEVICE static int row(int i) { return int(threadIdx.x % 32) / kVectors + i * kStep; }
   DEVICE static int column() { return int(threadIdx.x % 32) % kVectors * kVector; }
 
-  DEVICE uint4 part(int i) const {
+  DEVICE uint4 vector(int i) const {
     return *reinterpret_cast<const uint4*>(bytes + row(i) * kStride + column() * int(sizeof(Element)));
   }
 
   // The padding of a row has room for the biases of 8 columns: rows 0 to 7 for those of one matrix, the others for a second's.
-  DEVICE Element* biases(int matrix, int column) const {
-    return reinterpret_cast<Element*>(bytes + (matrix * 8 + column / 8) * kStride) + kColumns + column % 8;
+  DEVICE Bias* biases(int matrix, int column) const {
+    return reinterpret_cast<Bias*>(bytes + (matrix * 8 + column / 8) * kStride + kColumns * int(sizeof(Element))) + column % 8;
   }
   // Of two neighbours; `pair` stays what it is where there are none.
   DEVICE void read_biases(int matrix, int column, Acc (&pair)[2]) const {
     if constexpr (!kBias) return;
-    const Element* const from = biases(matrix, column % kColumns);
+    const Bias* const from = biases(matrix, column % kColumns);
 #pragma unroll
     for (int i = 0; i < 2; ++i) pair[i] = to_acc(from[i]);
   }
@@ -55,16 +52,16 @@ DEVICE Patch my_patch(char* work) { return {work + kStages * kStageBytes + (thre
 
 // The biases of an expert's matrix.
 struct Biases {
-  const Element* from;
-  long long stride;
+  const Bias* from;
+  long long stride;  // bytes
 
-  DEVICE Biases(const Element* all, long long expert_stride, long long of_column, const TaskSlot& slot)
-      : from(all + slot.task.block.expert_slot * expert_stride), stride(of_column) {}
+  DEVICE Biases(const Bias* all, long long expert_stride, long long of_column, const TaskSlot& slot)
+      : from(row_at(all, slot.task.block.expert_slot, expert_stride)), stride(of_column) {}
   // Those of two columns, of which a matrix has both or none, into shared memory: all lanes need them, in every row.
-  DEVICE void fetch_pair(Element* to, int column, int width) const {
-    const Element none = from_acc(Acc(0));
-    to[0] = column < width ? from[column * stride] : none;
-    to[1] = column < width ? from[(column + 1) * stride] : none;
+  DEVICE void fetch_pair(Bias* to, int column, int width) const {
+    const Bias none = from_acc(Acc(0));
+    to[0] = column < width ? *row_at(from, column, stride) : none;
+    to[1] = column < width ? *row_at(from, column + 1, stride) : none;
   }
 };
 
@@ -74,9 +71,10 @@ DEVICE void store_tile(
     const Patch& patch, const TaskSlot& slot, int first, const Biases* biases, MakePair make_pair) {
   const int rows = int(slot.task.block.rows) - first_row();
   const int lane = int(threadIdx.x % 32);
-  Element* to[Patch::kParts];  // read before the first store: the compiler cannot know that none changes them
+  char* to[Patch::kLaneVectors];  // read before the first store: the compiler cannot know that none changes them
 #pragma unroll
-  for (int i = 0; i < Patch::kParts; ++i) to[i] = slot.to[first_row() + Patch::row(i)] + first + Patch::column();
+  for (int i = 0; i < Patch::kLaneVectors; ++i) 
+    to[i] = slot.to[first_row() + Patch::row(i)] + (first + Patch::column()) * int(sizeof(Element));
 #pragma unroll
   for (int piece = 0; piece < kColumns; piece += Patch::kColumns) {
     if constexpr (kBias) {
@@ -93,14 +91,14 @@ DEVICE void store_tile(
                   make_pair(piece + column + lane % 4 * 2, (piece + column) / 2 + half * 2, half));
     }
     __syncwarp();
-    uint4 part[Patch::kParts];
+    uint4 vector[Patch::kLaneVectors];
 #pragma unroll
-    for (int i = 0; i < Patch::kParts; ++i) part[i] = patch.part(i);
+    for (int i = 0; i < Patch::kLaneVectors; ++i) vector[i] = patch.vector(i);
     __syncwarp();
     const bool inside = first + piece + Patch::column() < kWidth;
 #pragma unroll
-    for (int i = 0; i < Patch::kParts; ++i)
-      if (inside && Patch::row(i) < rows) *reinterpret_cast<uint4*>(to[i] + piece) = part[i];
+    for (int i = 0; i < Patch::kLaneVectors; ++i)
+      if (inside && Patch::row(i) < rows) *reinterpret_cast<uint4*>(to[i] + piece * int(sizeof(Element))) = vector[i];
   }
 }
 
@@ -108,7 +106,7 @@ DEVICE void store_tile(
 template <bool kSplit>
 DEVICE void gemm1_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums<kSplit>& sums, const Patch& patch) {
   constexpr int kColumns = kIntermediateColumns / Shape<kSplit>::kParts;
-  const int first = slot.task.first_column(kIntermediateColumns);
+  const int first = first_column(slot.task, kIntermediateColumns);
   const int lane = int(threadIdx.x % 32);
   const float weight[2] = {slot.weight[first_row() + lane / 4], slot.weight[first_row() + lane / 4 + 8]};
   const auto make_pair = [&](int column, int index, int half) {
@@ -145,7 +143,7 @@ DEVICE void consume_gemm1(const Call& call, const TaskSlot& slot, char* work, co
 // ---- GEMM2: a tile of the expert's result ----
 template <bool kSplit>
 DEVICE void gemm2_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums<kSplit>& sums, const Patch& patch) {
-  const int first = slot.task.first_column(kBlockN);
+  const int first = first_column(slot.task, kBlockN);
   const int lane = int(threadIdx.x % 32);
   const float weight[2] = {slot.weight[first_row() + lane / 4], slot.weight[first_row() + lane / 4 + 8]};
   const auto make_pair = [&](int column, int index, int half) {
@@ -182,10 +180,10 @@ DEVICE void consume_task(const Call& call, const TaskSlot& slot, char* work, con
 DEVICE void publish_task(const Call& call, const Task& task) {
   WarpGroup warp;
   if (task.kind == TaskKind::gemm1) {
-    if (warp.lane == 0) publish_gemm1(call, task);
+    if (warp.lane == 0) publish_tile(call, task);
   } else {
     bool finisher = false;
-    if (warp.lane == 0) finisher = publish_gemm2(call, task);
+    if (warp.lane == 0) finisher = finish_tile(call, task);
     if (warp.any(finisher)) return_rows(warp, call, task.block, 0, int(task.block.rows));
   }
 }

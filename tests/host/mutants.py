@@ -14,21 +14,22 @@ from flashmoe_gen.cache import Cache
 from flashmoe_gen.launch.host import HostKernel
 
 MUTANTS = {
-    "dropped release of rows": (
-        "store_release<Scope::system>(call.chunk_words(rank, args.rank) + chunk, call.word(1));",
-        "store_relaxed(call.chunk_words(rank, args.rank) + chunk, call.word(1));",
+    "dropped release of segments": (
+        "if (u64* const word = word_at(i)) store_release<Scope::system>(word, call.word(1));",
+        "if (u64* const word = word_at(i)) store_relaxed(word, call.word(1));",
     ),
-    "dropped release of returns": (
-        "release.store(call.return_word(row.source, row.token(), row.slot()), call.word(1));",
-        "store_relaxed(call.return_word(row.source, row.token(), row.slot()), call.word(1));",
+    "dropped release of token rows": (
+        "send_segments(group, call, rows, args.world_size, word_at);",
+        "rows(); for (int i = 0; i < args.world_size; ++i) if (word_at(i)) store_relaxed(word_at(i), call.word(1));",
     ),
+    "dropped release of returns": ("release.store(word, call.word(1));", "store_relaxed(word, call.word(1));"),
     "dispatch does not wait for lists": (
         "  bool listed = true;\n  if (group.lane == 0) {",
         "  bool listed = true;\n  if (group.lane < 0) {",
     ),
     "rows released to the rank alone": (
-        "store_release<Scope::system>(call.return_word(source, token, slot), call.word(1));",
-        "store_release<Scope::device>(call.return_word(source, token, slot), call.word(1));",
+        "send_segments(group, call, put, 1, [&](int) { return call.return_word(source, token, slot); });",
+        "put(); store_release<Scope::device>(call.return_word(source, token, slot), call.word(1));",
     ),
     "unchecked epoch of words": (
         "[&](u64 epoch) { return epoch == call.epoch; });",
@@ -37,16 +38,16 @@ MUTANTS = {
     "unchecked epoch of chunks": ("+ next) >> 32 == call.epoch;", "+ next) >> 32 != 0;"),
     "reused ring slot": (
         "queue.retired += group.leading(done);",
-        "queue.retired = queue.issued + 0 * group.leading(done);",
+        "queue.retired = queue.issued[0] + 0 * group.leading(done);",
     ),
     "words not doubled by parity": ("return Call{args, epoch, epoch & 1,", "return Call{args, epoch, 0,"),
     "counters not cleared": ("call.next_set[i] = 0;", "(void)call.next_set;"),
-    "unpolled GEMM1 tile": ("if (!wait_gemm1(call, task.issue, u32(begin / kPartColumns))) return false;", ""),
+    "unpolled GEMM1 tile": ("if (!wait_part(call, task.serial, u32(begin / kPartColumns))) return false;", ""),
     "part of a GEMM1 tile published as all of it": (
         "task.share == Share::columns ? 1u << task.part : (1u << kCluster) - 1;",
         "(1u << kCluster) - 1;",
     ),
-    "early return of rows": (" + parts == u32(kGemm2Parts);", " == 0;"),
+    "early return of rows": (" + parts == kDoneParts;", " == 0;"),
     "idle ranks do not wait for counts": (
         "if (group.lane == 0) here = wait_word(call, Await::counts, u32(source), words);",
         "if (group.lane == 0 && (experts > 0 || source == args.rank)) here = wait_word(call, Await::counts, u32(source), words);",

@@ -14,7 +14,7 @@ from world import poison
 from flashmoe_gen.args import MOE_ARGS
 from flashmoe_gen.render import KernelSource, render_parts, template_dir
 
-_POINTERS = [field for field in MOE_ARGS.fields if field.type.endswith("*")]
+_POINTERS = [field for field in MOE_ARGS.fields if field.is_pointer]
 
 
 def build(source: KernelSource, folder: Path, compiler: str = "g++") -> Path:

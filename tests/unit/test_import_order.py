@@ -19,9 +19,9 @@ ROOT = Path(flashmoe_gen.__file__).parent
 ROOMS = [
     "errors values dtypes arch env files packages trust locks",
     "spec hf_file hf_layers hf_config presets reference instrument",
-    "args tile plan layout",
+    "structs args tile plan layout",
     "programs",
-    "render",
+    "library render",
     "compile cubin nvrtc link",
     "cache",
     "launch arrays comm experts",

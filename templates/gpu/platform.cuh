@@ -56,13 +56,13 @@ DEVICE void remote_copy(Group& group, T* to, const T* from, int count) {
   const uint4* const source = reinterpret_cast<const uint4*>(from);
   uint4* const target = reinterpret_cast<uint4*>(to);
   for (int first = group.lane; first < vectors; first += kInFlight * group.size) {
-    uint4 part[kInFlight];
+    uint4 vector[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i)
-      if (first + i * group.size < vectors) part[i] = source[first + i * group.size];
+      if (first + i * group.size < vectors) vector[i] = source[first + i * group.size];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i)
-      if (first + i * group.size < vectors) target[first + i * group.size] = part[i];
+      if (first + i * group.size < vectors) target[first + i * group.size] = vector[i];
   }
 }
 
@@ -117,14 +117,14 @@ struct WarpGroup {
 
 // All threads of the block. `sums` is shared memory of its own, a word per warp.
 struct BlockGroup {
-  static constexpr int kPart = 32;
+  static constexpr int kWarpLanes = 32;
   u32* sums;
   int lane = int(threadIdx.x);
   int size = int(blockDim.x);
-  int parts = int(blockDim.x) / kPart;
+  int warps = int(blockDim.x) / kWarpLanes;
   WarpGroup warp;
 
-  DEVICE int part() const { return lane / kPart; }
+  DEVICE int warp_index() const { return lane / kWarpLanes; }
   DEVICE void sync() const { __syncthreads(); }
   DEVICE bool any(bool predicate) const { return __syncthreads_or(predicate) != 0; }
   DEVICE void add(u32* shared_word, u32 value) const { atomicAdd(shared_word, value); }
@@ -135,11 +135,11 @@ struct BlockGroup {
   DEVICE u32 exclusive_sum(u32 value, u32* total) const {
     u32 of_warp = 0, before = 0;
     const u32 mine = warp.exclusive_sum(value, &of_warp);
-    if (warp.lane == 0) sums[part()] = of_warp;
+    if (warp.lane == 0) sums[warp_index()] = of_warp;
     __syncthreads();
     *total = 0;
-    for (int other = 0; other < parts; ++other) {
-      if (other == part()) before = *total;
+    for (int other = 0; other < warps; ++other) {
+      if (other == warp_index()) before = *total;
       *total += sums[other];
     }
     __syncthreads();  // the next sum may overwrite them
