@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 
-from . import env, files
+from . import env, files, library
 from .arch import Arch, get_arch
 from .args import MOE_STRUCTS, ROUTER_STRUCTS
 from .errors import CacheError, FlashMoEError, SpecError
@@ -227,9 +227,9 @@ def _template_text(part: str, templates: Path | None) -> str:
 
 
 def render_parts(parts: Sequence[str], context: dict[str, Any], templates: Path | None = None) -> str:
-    """Render template parts one after the other, each marked with ``#line`` so that errors point at the template."""
+    """Render template parts one after the other, those of the PTX library as far as they are used (:mod:`.library`)."""
     env = environment(templates)
-    return "".join(f'\n#line 1 "{part}"\n{env.get_template(part).render(context)}' for part in parts)
+    return library.join([(part, env.get_template(part).render(context)) for part in parts])
 
 
 def _header(

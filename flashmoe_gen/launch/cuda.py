@@ -85,7 +85,7 @@ def driver_version() -> str:
 
 def build_program(name: str, arch: str) -> CompiledKernel:
     """Compile one of the small programs beside the kernels: ``"narrow_ids"`` (cached)."""
-    text = render_parts([f"sm80/{name}.cu"], {})
+    text = render_parts([f"gpu/{name}.cu"], {})
     digest = hashlib.sha256(text.encode()).hexdigest()
     command = f"flashmoe-gen compile --arch {arch}"
     return Cache().build(text, name=f"flashmoe_{name}", arch=arch, digest=digest, metadata={"command": command})

@@ -15,6 +15,17 @@ from ..spec import MoESpec
 from ..structs import Struct
 from ..tile import Combine, TileConfig
 
+# The PTX library: a text holds what it names of it. `types` is what the wrappers and every GPU part are written with.
+PTX = (
+    "gpu/types.cuh",
+    *(
+        f"gpu/ptx/{part}.cuh"
+        for part in (
+            "memory", "atomics", "copy", "matrix", "wgmma", "mbarrier", "barrier", "cluster", "convert", "special",
+        )
+    ),
+)  # fmt: skip
+
 # The part of every program that is the in-kernel operating system, in the order the data flows.
 PROTOCOL = tuple(
     f"protocol/{part}.cuh"

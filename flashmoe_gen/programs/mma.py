@@ -13,7 +13,7 @@ from ..plan import WARP, KernelPlan, Operand, ceil_div, common_plan, mlp_phases
 from ..spec import MoESpec
 from ..structs import Struct
 from ..tile import TileConfig
-from .base import PROTOCOL, BlockProgram, check_math, check_shared
+from .base import PROTOCOL, PTX, BlockProgram, check_math, check_shared
 
 _ENOUGH_REGISTERS = 160  # of a thread: the accumulators of a warp's 32 x 64 and everything around them
 _DRIVER_BYTES = 1024  # shared memory the driver takes of every block
@@ -27,9 +27,9 @@ class MmaProgram(BlockProgram):
     archs = GPU_ARCHS
     dtypes = tuple(DTYPES)
     parts = (
-        "sm80/ptx.cuh", "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
+        *PTX, "gpu/platform.cuh", "common/constants.cuh", "gpu/element.cuh", "common/element.cuh",
         "common/rows.cuh", "common/args.cuh", "common/bias.cuh", "common/activation.cuh",
-        *PROTOCOL, "sm80/finished.cuh", "sm80/mma.cuh",
+        *PROTOCOL, "sm80/finished.cuh", "mma/products.cuh",
         "sm80/pipeline.cuh", "sm80/party.cuh", "sm80/tasks.cuh", "sm80/moe_block.cuh",
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..arch import get_arch
 from ..plan import WARP, ceil_div
 from ..spec import MAX_EXPERTS
+from .base import PTX
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ _ROUTERS = {
     ),
     "nvrtc": RouterProgram(
         (
-            "sm80/ptx.cuh", "sm80/platform.cuh", "router/constants.cuh", "sm80/element.cuh", "common/element.cuh",
-            "common/args.cuh", "router/select.cuh", "router/gpu_products.cuh", "router/gpu_narrow.cuh", "router/gpu_wide.cuh",
+            *PTX, "gpu/platform.cuh", "router/constants.cuh", "gpu/element.cuh", "common/element.cuh", "common/args.cuh",
+            "router/select.cuh", "router/gpu_products.cuh", "router/gpu_narrow.cuh", "router/gpu_wide.cuh",
             "router/gpu_block.cuh",
         ),
         # One fragment of the matrix units; six stages of 64 + 64 rows of 128 bytes, which every GPU has room for.

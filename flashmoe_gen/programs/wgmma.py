@@ -14,7 +14,7 @@ from ..plan import KernelPlan, Operand, ceil_div, common_plan, mlp_phases
 from ..spec import MoESpec
 from ..structs import Struct
 from ..tile import TileConfig
-from .base import PROTOCOL, BlockProgram, TensorBox, check_math, check_shared
+from .base import PROTOCOL, PTX, BlockProgram, TensorBox, check_math, check_shared
 
 _HINT = "program='mma' takes other tiles."
 _EPILOGUE_COLUMNS = 64  # stored at a time
@@ -46,7 +46,7 @@ class WgmmaProgram(BlockProgram):
     archs = ("sm_90a",)
     dtypes = ("bfloat16", "float16")
     parts = (
-        "sm80/ptx.cuh", "sm90/ptx.cuh", "sm80/platform.cuh", "common/constants.cuh", "sm80/element.cuh", "common/element.cuh",
+        *PTX, "gpu/platform.cuh", "common/constants.cuh", "gpu/element.cuh", "common/element.cuh",
         "common/rows.cuh", "common/args.cuh", "common/bias.cuh", "common/activation.cuh",
         *PROTOCOL, "sm80/finished.cuh", "sm90/pipeline.cuh",
         "sm80/party.cuh", "sm90/loads.cuh", "sm90/tasks.cuh", "sm90/moe_block.cuh",

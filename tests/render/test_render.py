@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 import flashmoe_gen as fmg
 from flashmoe_gen import programs
 from flashmoe_gen.arch import ARCHS
+from flashmoe_gen.dtypes import DTYPES
 from flashmoe_gen.render import environment, template_dir
 
 BASE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 128, "num_experts": 8, "top_k": 2, "max_tokens": 64}
@@ -95,17 +99,46 @@ def test_a_kernel_is_one_readable_text(arch: str, kernel: Any) -> None:
     assert "// Spec\n" in source.text and "// Reproduce\n" in source.text
     assert not re.search(r"\$\{|/\*%|^\s*//%|#include \"", source.text, re.MULTILINE), "left-over template syntax"
     assert str(template_dir()) not in source.text
-    parts = re.findall(r'^#line 1 "(.+)"$', source.text, re.MULTILINE)
+    parts = re.findall(r'^#line \d+ "(.+)"$', source.text, re.MULTILINE)
     assert len(parts) == len(set(parts)) and all((template_dir() / part).is_file() for part in parts)
     assert source.text.count(f"{source.name}(") == 1
     widest = max(len(line) for line in source.text.splitlines() if not line.startswith("//   flashmoe-gen"))
     assert widest <= 132
 
 
+def kernels() -> Iterator[tuple[str, Any]]:
+    """Every kind of kernel, block program, arch and dtype."""
+    for arch, dtype in itertools.product(ARCHS, DTYPES):
+        yield f"router {arch} {dtype}", fmg.generate(spec(dtype=dtype), arch=arch, kernel="router")
+        for name in programs.names():
+            if programs.get(name).runs(spec(dtype=dtype), ARCHS[arch]):
+                maths: tuple[Any, ...] = (None, "ffma") if dtype == "float32" else (None,)
+                for math, bias in itertools.product(maths, (False, True)):
+                    some = spec(dtype=dtype, bias=bias, mlp="vanilla" if bias else "gated")
+                    tile = fmg.default_tile(some, arch, name).replace(math=math)
+                    for events in (0, 1):
+                        label = f"{name} {arch} {dtype} {math} bias={bias} events={events}"
+                        yield label, fmg.generate(some, arch=arch, tile=tile, instrument=fmg.Instrument(trace_events=events))
+
+
+def test_a_text_holds_the_wrappers_it_names_and_no_other() -> None:
+    seen: set[str] = set()
+    for label, source in kernels():
+        code = re.sub(r"//.*", "", source.text)
+        library = re.findall(r'#line \d+ "gpu/ptx/.+"\n((?:(?!#line \d+ ").*\n)*)', source.text)
+        defined = Counter(re.findall(r"^DEVICE \w+(?: \w+)?[ *]+?(\w+)\(", re.sub(r"//.*", "", "".join(library)), re.MULTILINE))
+        assert bool(defined) == (source.arch != "host")
+        for name, count in defined.items():
+            assert len(re.findall(rf"\b{name}\b", code)) > count, f"{label}: {name} is not used"
+        seen |= set(defined)
+    texts = [path.read_text() for path in (template_dir() / "gpu/ptx").iterdir()]
+    assert seen == {name for text in texts for name in re.findall(r"^DEVICE \w+(?: \w+)? (\w+)\(", text, re.MULTILINE)}
+
+
 def test_every_template_is_used() -> None:
     used = {part for arch in ARCHS for part in programs.router_program(arch).parts}
     used |= {part for name in programs.names() for part in programs.get(name).parts}
-    used |= {"host/launcher.cpp", "host/explorer.cpp", "sm80/narrow_ids.cu"}
+    used |= {"host/launcher.cpp", "host/explorer.cpp", "gpu/narrow_ids.cu"}
     there = {str(path.relative_to(template_dir())) for path in template_dir().rglob("*") if path.is_file()}
     assert used == there
 

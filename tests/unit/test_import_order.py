@@ -21,7 +21,7 @@ ROOMS = [
     "spec hf_file hf_layers hf_config presets reference instrument",
     "structs args tile plan layout",
     "programs",
-    "render",
+    "library render",
     "compile cubin nvrtc link",
     "cache",
     "launch arrays comm experts",
