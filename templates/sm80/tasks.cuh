@@ -91,10 +91,10 @@ DEVICE void gemm1_tile(const Call& call, const TaskSlot& slot, char* work) {
   const Span span(call, Work::gemm1, threadIdx.x == 0, task.serial, task.column);
   const int rows = int(task.block.rows);
   const int first = int(task.column) * kIntermediateColumns;
-  const RowLoader row_loader(args.x, [&](int r) { return r < rows ? slot.row[r] : nullptr; });
-  const WeightLoader column_loader = gemm1_weights(args, task.block.expert_slot, first);
+  const RowLoader tokens(args.x, [&](int r) { return r < rows ? slot.row[r] : nullptr; });
+  const WeightLoader weights = gemm1_weights(args, task.block.expert_slot, first);
   Sums sums;
-  multiply_tile<kHidden>(sums, row_loader, column_loader, shared_address(work), [](int) {});
+  multiply_tile<kHidden>(sums, tokens, weights, shared_address(work), [](int) {});
   const Staging<kIntermediateColumns> staging{work};
   gemm1_epilogue(args, slot, sums, staging);
   sync_mma();
@@ -137,12 +137,12 @@ DEVICE void gemm2_tile(const Call& call, const TaskSlot& slot, char* work) {
   const int rows = int(task.block.rows);
   const int first = int(task.column) * kBlockN;
   const char* const block = reinterpret_cast<const char*>(intermediate_row(call, task.serial, 0));
-  const RowLoader row_loader(block, [&](int r) { return r < rows ? block + r * kMiddleRowBytes : nullptr; });
-  const WeightLoader column_loader(row_at(args.down, task.block.expert_slot, args.down_expert_stride), args.down_row_stride,
+  const RowLoader tokens(block, [&](int r) { return r < rows ? block + r * kMiddleRowBytes : nullptr; });
+  const WeightLoader weights(row_at(args.down, task.block.expert_slot, args.down_expert_stride), args.down_row_stride,
                                    first + int(loader_row()), kRowsPerPass, kHidden);
   FinishedTiles finished{call, task.serial};
   Sums sums;
-  multiply_tile<kIntermediate>(sums, row_loader, column_loader, shared_address(work), [&](int step) {
+  multiply_tile<kIntermediate>(sums, tokens, weights, shared_address(work), [&](int step) {
     const int begin = step * kBlockK, end = begin + kBlockK < kIntermediate ? begin + kBlockK : kIntermediate;
     for (int part = begin / kPartColumns; part * kPartColumns < end; ++part) finished.wait(u32(part));
   });
