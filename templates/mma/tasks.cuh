@@ -23,8 +23,8 @@ struct Staging {
   static_assert(kStride % 16 == 0 && kBlockM * kStride <= kWorkBytes);
   char* bytes;
 
-  DEVICE void put(int row, int column, Acc first, Acc second) const {
-    *reinterpret_cast<Pair*>(bytes + row * kStride + column * int(sizeof(Element))) = pair_of(first, second);
+  DEVICE void put(int row, int column, Pair pair) const {
+    *reinterpret_cast<Pair*>(bytes + row * kStride + column * int(sizeof(Element))) = pair;
   }
   // Columns [first, first + kColumns) of `rows` rows, as far as a row of kWidth reaches.
   template <int kWidth, class To>
@@ -77,8 +77,7 @@ DEVICE void gemm1_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums
         const Acc weight = kWeightOnInput ? Acc(slot.weight[row]) : Acc(1);
         const Acc* const gate = &sums.atom[m][n][half * 2];
         const Acc* const up = &sums.atom[m][n + kAtoms - 1][half * 2];
-        staging.put(row, column, intermediate_element(gate[0], up[0], gate_bias[0], up_bias[0], weight),
-                    intermediate_element(gate[1], up[1], gate_bias[1], up_bias[1], weight));
+        staging.put(row, column, intermediate_pair(gate, up, gate_bias, up_bias, weight));
       }
     }
   }
@@ -123,8 +122,7 @@ DEVICE void gemm2_epilogue(const MoEArgs& args, const Task& task, const float* w
       for (int half = 0; half < 2; ++half) {
         const int row = Sums::first_row() + m * 16 + half * 8 + lane / 4;
         const Acc weight = kWeightOnRow ? Acc(weights[row]) : Acc(1);
-        const Acc* const sum = &sums.atom[m][n][half * 2];
-        staging.put(row, column, row_element(sum[0], bias[0], weight), row_element(sum[1], bias[1], weight));
+        staging.put(row, column, row_pair(&sums.atom[m][n][half * 2], bias, weight));
       }
   }
 }
