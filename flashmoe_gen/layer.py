@@ -16,7 +16,7 @@ from . import arrays, comm, env
 from .arch import get_arch
 from .args import MOE_ARGS
 from .call import PackedCall, Packer
-from .comm.group import MovedError
+from .comm.base import MovedError
 from .counters import LayerStats, read_state, take_trace
 from .errors import CommError, SpecError, UnsupportedError
 from .experts import Experts

@@ -22,7 +22,7 @@ from ..errors import CommError, FlashMoEError, SpecError, UnsupportedError
 from ..programs import TensorBox
 from ..render import render_parts
 from . import streams, tensor_maps
-from .target import loaded
+from .target import Target, loaded
 
 logger = logging.getLogger("flashmoe_gen")
 
@@ -352,6 +352,11 @@ class CudaTarget:
                 self._maps.clear()
             self._maps[key] = tensor_maps.encode(box, pointer, count, *strides)
         return self._maps[key]
+
+    def reaches(self, other: Target) -> str:
+        if (self.name, self.device) == (other.name, other.device):
+            return ""
+        return f"The communicator's layers run on {other.device}; this one would run on {self.device}."
 
     def synchronize(self) -> None:
         import cupy

@@ -17,7 +17,7 @@ from ..cache import Cache, CompiledKernel
 from ..errors import CommError, CompileError, FlashMoEError, SpecError
 from ..programs import TensorBox
 from ..render import render_parts
-from .target import loaded
+from .target import Target, loaded
 
 _ALIGN = 256
 _WAIT_MS = 50  # between two looks at whether somebody pressed Ctrl-C
@@ -212,6 +212,11 @@ class HostTarget:
 
     def forget(self) -> None:
         pass
+
+    def reaches(self, other: Target) -> str:
+        if (self.name, self.device) == (other.name, other.device):
+            return ""
+        return f"The communicator's layers run on {other.device}; this one would run on {self.device}."
 
     def synchronize(self) -> None:
         pass

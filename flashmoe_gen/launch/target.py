@@ -150,5 +150,8 @@ class Target(Protocol):
     def forget(self) -> None:
         """Let go of everything that :meth:`keep` and :meth:`prepare` hold; nothing may run any more."""
 
+    def reaches(self, other: Target) -> str:
+        """``""`` when kernels of this target can use the other target's memory, else the reason."""
+
     def synchronize(self) -> None:
         """Wait until nothing launched before still runs."""
