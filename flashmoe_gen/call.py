@@ -12,7 +12,7 @@ from .args import MOE_ARGS
 from .comm import Communicator
 from .errors import SpecError
 from .experts import BoundExperts, Experts
-from .launch.target import Kernel, Target
+from .launch.target import Kernel, Prepared, Target
 from .spec import MoESpec
 
 Args = np.ndarray[Any, Any]
@@ -29,7 +29,7 @@ class PackedCall(NamedTuple):
 
     Attributes:
         args: a ``MoEArgs``.
-        prepared: what the launch passes beside it.
+        prepared: what the launch passes: ``args``, and what goes with it.
         result: the array it writes.
         views: all arrays of the call: their addresses in ``args`` are good as long as these live.
         wide_ids: int64 ids that must be narrowed first, or ``None``.
@@ -38,7 +38,7 @@ class PackedCall(NamedTuple):
     """
 
     args: Args
-    prepared: tuple[Any, ...]
+    prepared: Prepared
     result: Any
     views: tuple[arrays.View, ...]
     wide_ids: arrays.View | None
@@ -73,12 +73,12 @@ class Packer:
         self.narrow_ids = narrow_ids
         self._target, self._kernel, self._comm = target, kernel, comm
         self._local_experts = local_experts
-        self._prepared: tuple[BoundExperts | None, int, bytes, tuple[Any, ...]]
+        self._prepared: tuple[BoundExperts | None, int, bytes, Prepared]
         self.forget()
 
     def forget(self) -> None:
         """Let go of the weights of the last call."""
-        self._prepared = None, -1, b"", ()  # weights, generation of the heap, and what is prepared for them
+        self._prepared = None, -1, b"", Prepared(self.constant)  # weights, generation of the heap, and what is prepared for them
 
     def __call__(
         self,
@@ -125,9 +125,9 @@ class Packer:
         views = (tokens, ids, weights, y, counter) if counter else (tokens, ids, weights, y)
         lent = bound.lent or any(view.capsule is not None for view in views)
         packed = np.frombuffer(args, MOE_ARGS.dtype)
-        return PackedCall(packed, prepared, result, (*views, *bound.views), ids if wide else None, generation, lent)
+        return PackedCall(packed, prepared.beside(packed), result, (*views, *bound.views), ids if wide else None, generation, lent)
 
-    def _image_for(self, bound: BoundExperts) -> tuple[int, bytes, tuple[Any, ...]]:
+    def _image_for(self, bound: BoundExperts) -> tuple[int, bytes, Prepared]:
         """The arguments that stay the same while the weights and the heap do, and what goes with them."""
         made_for, generation, image, prepared = self._prepared
         if made_for is not bound or generation != self._comm.generation:

@@ -6,35 +6,25 @@ import copy
 import ctypes
 import dataclasses
 import functools
-import logging
 from contextlib import nullcontext
 from typing import Any, Literal, NoReturn
 
 import numpy as np
 
 from . import arrays, comm, env
-from .arch import get_arch
-from .args import MOE_ARGS
-from .call import PackedCall, Packer
+from .call import PackedCall
 from .comm.base import MovedError
-from .counters import LayerStats, read_state, take_trace
+from .counters import LayerStats
 from .errors import CommError, SpecError, UnsupportedError
 from .experts import Experts
+from .fused import Fused
 from .instrument import Instrument
-from .launch.cuda import CudaTarget, device_count
-from .launch.host import HostTarget
-from .launch.target import Memory, Target, loaded
-from .layout import HeapNeeds, WorkspaceLayout
-from .plan import SchedulePlan, plan_schedule, resolve_combine, return_slots
-from .programs import default_tile, resolve
-from .render import generate
+from .launch import choose
+from .placed import Placed
+from .programs import default_tile
 from .router import Router
 from .spec import MoESpec, Placement
 from .tile import Schedule, TileConfig, resolve_schedule
-
-logger = logging.getLogger("flashmoe_gen")
-
-_NO_CAPACITY = 2**31 - 1
 
 
 class MoELayer:
@@ -68,6 +58,8 @@ class MoELayer:
         CommError: the communicator does not fit the spec.
     """
 
+    _placed: Placed
+
     def __init__(
         self,
         spec: MoESpec,
@@ -98,37 +90,19 @@ class MoELayer:
     ) -> None:
         spec = self.spec
         env.timeout_s()  # a bad one is found before anything is compiled
-        self._instrument = instrument or Instrument()
-        self._target = _resolve_target(target, self.comm, self._max_blocks)
+        self._instrument = instrument
+        self._target = choose(target, self.comm.target, self._max_blocks, len(self.comm.ranks_here))
         self._stream = self._target.stream(stream, None) if stream is not None else None
-        arch = self._target.arch
-        self.tile = tile or default_tile(spec, arch)
+        self.tile = tile or default_tile(spec, self._target.arch)
         self.schedule = resolve_schedule(self.tile, schedule)
-        program = resolve(spec, self.tile.program, arch)
-        self._combine = resolve_combine(spec, self.schedule, program.default_combine)
-        plan = self._plan = program.plan(spec, self.tile, get_arch(arch))
-        self._kernel = loaded(
-            generate(spec, arch=arch, tile=self.tile, instrument=instrument).compile,
-            lambda compiled: self._target.load(
-                compiled,
-                threads=plan.threads,
-                shared_bytes=plan.shared_bytes,
-                boxes=program.tensor_boxes(spec, self.tile, plan),
-                # The driver then starts all blocks or none. Not where ranks share a GPU: what the stream of one runs before its
-                # launch, such as the clearing after reset(), may find no room beside another's cooperative launch.
-                cooperative=spec.world_size == 1,
-                cluster=self.tile.cluster,
-            ),
-        )
-        self._target.load_helpers()
+        self._fused = Fused.load(spec, self.tile, self.schedule, instrument, self._target)
         self._router: Router | None = None
-        self._processors = self._target.processors(self._kernel, spec.world_size)
         self._closed = self._released = False
-        self.comm.reserve(self._target, HeapNeeds.of(spec, self._combine))
-        placement = placement or Placement.default(spec.num_experts, spec.world_size)
-        self._place(placement)
+        self.comm.reserve(self._target, self._fused.heap_needs)
+        self._place(placement or Placement.default(spec.num_experts, spec.world_size))
         alike = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
-        self._number = self.comm.register({**alike, "combine": self._combine, "placement": placement.slots_per_rank})
+        alike |= {"combine": self._fused.combine, "placement": self.placement.slots_per_rank}
+        self._number = self.comm.register(alike)
 
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""
@@ -179,8 +153,7 @@ class MoELayer:
             self._closed = True
             self.comm.leave(self._number, f"its layer {self._number}")
             self._target.synchronize()
-            nothing = self._target.allocate(0)
-            self._workspace, self._pack = nothing, self._packer(self.placement, self._layout, self._order, nothing, self._tables)
+            self._placed = self._placed.emptied()
             self._target.forget()
             router, self._router = self._router, None
             self._released = True  # last: who is interrupted closes again
@@ -202,51 +175,19 @@ class MoELayer:
             self._place(placement)
 
     def _place(self, placement: Placement) -> None:
-        spec = self.spec
-        if placement.world_size != spec.world_size or placement.num_experts != spec.num_experts:
-            raise SpecError(
-                f"placement has {placement.num_experts} experts on {placement.world_size} ranks. "
-                f"Must be {spec.num_experts} on {spec.world_size}."
-            )
-        target = self._target
-        experts = [expert for rank in placement.slots_per_rank for expert in rank]
-        position = np.empty(spec.num_experts, np.int32)
-        position[experts] = np.arange(spec.num_experts, dtype=np.int32)
-        target.synchronize()  # a call in flight still uses the old tables
-        tables = target.upload(position), target.upload(np.cumsum([0, *map(len, placement.slots_per_rank)], dtype=np.int32))
-        local_experts = len(placement.local_experts(self.comm.rank))
-        order = plan_schedule(
-            spec,
-            self.tile,
-            self._plan,
-            self.schedule,
-            combine=self._combine,
-            local_experts=local_experts,
-            processors=self._processors,
-        )
-        layout = WorkspaceLayout.of(
-            spec,
-            self.tile,
-            self._plan,
-            order,
-            local_experts=local_experts,
-            planners=self._workers - target.system_workers,
-            tracks=self._workers * self._plan.tracks,
-            trace_events=self._instrument.trace_events,
-        )
-        workspace = target.allocate(layout.bytes)
-        pack = self._packer(placement, layout, order, workspace, tables)
-        tag = hash(placement.slots_per_rank)
-        # All at once: an error or an interrupt before leaves the layer as it was, and none comes between.
-        self.placement, self._placed, self._layout, self._reported = placement, tag, layout, 0  # _reported: invalid ids
-        self._order = order
-        self._tables, self._workspace, self._pack = tables, workspace, pack
+        # An error or an interrupt before the assignment leaves the layer as it was.
+        self._placed = Placed.of(self._fused, self.comm, placement)
         self.comm.attach(self)
+
+    @property
+    def placement(self) -> Placement:
+        """Which rank holds which expert."""
+        return self._placed.placement
 
     @property
     def local_experts(self) -> int:
         """Experts this rank holds."""
-        return len(self.placement.local_experts(self.comm.rank))
+        return self._placed.local_experts
 
     @property
     def target(self) -> str:
@@ -254,13 +195,9 @@ class MoELayer:
         return self._target.name
 
     @property
-    def _workers(self) -> int:
-        return self._target.workers(self._kernel, self._processors)
-
-    @property
     def workspace_bytes(self) -> int:
         """Bytes this layer holds on this rank, beside the communicator's symmetric heap (``layer.comm.heap.bytes``)."""
-        return self._workspace.nbytes
+        return self._placed.workspace.nbytes
 
     def route(
         self, x: Any, router_weight: Any, *, logit_bias: Any = None, selection_bias: Any = None
@@ -329,29 +266,31 @@ class MoELayer:
         self, x: Any, topk_ids: Any, topk_weights: Any, experts: Experts, out: Any, num_tokens: Any, stream: Any
     ) -> PackedCall:
         self._require_open()
-        target, called = self._target, (self._number, self._placed)
+        target, placed = self._target, self._placed
         chosen = self._stream if stream is None and self._stream is not None else target.stream(stream, x)
         while True:
-            packed = self._pack(x, topk_ids, topk_weights, experts, out, num_tokens, target.dlpack_stream(chosen))
+            packed = placed.pack(x, topk_ids, topk_weights, experts, out, num_tokens, target.dlpack_stream(chosen))
             launch = functools.partial(self._launch, packed, chosen)
             try:
-                self.comm.run(target, chosen, called, packed.generation, launch)
+                self.comm.run(target, chosen, (self._number, placed.tag), packed.generation, launch)
             except MovedError:  # another thread has made a larger layer
                 continue
             if packed.lent:
                 target.keep(chosen, packed.views)
-                self._pack.forget()
+                placed.pack.forget()
             return packed
 
     def _launch(self, packed: PackedCall, stream: Any, stop: ctypes.c_uint32 | None) -> None:
         if (ids := packed.wide_ids) is not None:
             count = ids.shape[0] * ids.shape[1]
-            self._target.narrow_ids(ids.pointer, count, self._pack.narrow_ids, self.spec.num_experts, stream)
-        self._target.launch(self._kernel, packed.args, self._workers, stream, packed.prepared, stop)
+            self._target.narrow_ids(ids.pointer, count, self._placed.pack.narrow_ids, self.spec.num_experts, stream)
+        self._target.launch(self._fused.kernel, packed.prepared, self._fused.workers, stream, stop)
 
     def stats(self) -> LayerStats:
         """Counts since the layer was made."""
-        return LayerStats.of(self._state(), self.tile.block_m)
+        with self.comm.lock:
+            self._require_open()
+            return self._placed.stats()
 
     def take_trace(self) -> np.ndarray[Any, Any]:
         """What the calls since the last time did, after waiting for those in flight.
@@ -365,10 +304,7 @@ class MoELayer:
         """
         with self.comm.lock:
             self._require_open()
-            room = self._instrument.trace_events
-            if not room:
-                raise SpecError("The layer keeps no trace. Make it with instrument=Instrument(trace_events=...).")
-            return take_trace(self._workspace, self._layout, room, self._plan.tracks)
+            return self._placed.take_trace()
 
     def check(self) -> None:
         """Wait for the calls in flight and raise what any of them left behind.
@@ -378,74 +314,21 @@ class MoELayer:
             SpecError: ids at or over ``num_experts`` in a call on a GPU, where they are not checked in advance; such routes
                 were left out.
         """
-        state = self._state()
+        with self.comm.lock:
+            self._require_open()
+            placed, state = self._placed, self._placed.state()
         self.comm.check()
-        if invalid := int(state["invalid"]) - self._reported:
-            self._reported += invalid
+        if invalid := placed.new_invalid(state):
             raise SpecError(f"topk_ids held {invalid} ids that are not below num_experts={self.spec.num_experts}.")
 
     def _require_open(self) -> None:
         if self._closed:
             raise CommError("The layer is closed.")
 
-    def _state(self) -> Any:
-        with self.comm.lock:
-            self._require_open()
-            return read_state(self._workspace, self._layout)
-
-    def _packer(
-        self,
-        placement: Placement,
-        layout: WorkspaceLayout,
-        order: SchedulePlan,
-        workspace: Memory,
-        tables: tuple[Memory, Memory],
-    ) -> Packer:
-        """A packer that borrows nothing yet, with the fields that do not change from call to call."""
-        spec, local_experts = self.spec, len(placement.local_experts(self.comm.rank))
-        args = MOE_ARGS.zeros()
-        places = {name: workspace.pointer + region.offset for name, region in layout.regions.items()}
-        narrow_ids = places.pop("narrow_ids")
-        values: dict[str, Any] = {
-            **places,
-            **order.arguments(),
-            "trace_events": self._instrument.trace_events,
-            "expert_position": tables[0].pointer,
-            "owner_first": tables[1].pointer,
-            "record": self.comm.record.ctypes.data,
-            "delay_ns": self._instrument.delay_ns,
-            "max_tokens": spec.max_tokens,
-            "num_experts": spec.num_experts,
-            "local_experts": local_experts,
-            "capacity": _NO_CAPACITY if spec.capacity is None else spec.capacity,
-            "rank": self.comm.rank,
-            "world_size": spec.world_size,
-            "return_slots": return_slots(spec, self._combine),
-        }
-        for name, value in values.items():
-            args[name] = value
-        return Packer(spec, self._target, self._kernel, self.comm, local_experts, args, narrow_ids)
-
     def restart(self) -> None:
         """Start from clean counters: for the communicator, which has cleared the signals that they go with."""
         if not self._closed:
-            for region in self._layout.regions.values():
-                if region.persistent:
-                    self._workspace.fill(region.offset, region.bytes, 0)
-            self._reported = 0
-
-
-def _resolve_target(target: str | None, communicator: comm.Communicator | None, max_blocks: int | None) -> Target:
-    chosen = target or env.target() or (communicator.target if communicator is not None else None)
-    if chosen is None:
-        chosen = "cuda" if device_count() > 0 else "host"
-    if chosen == "cuda":
-        return CudaTarget(max_blocks)
-    if chosen != "host":
-        raise SpecError(f"target={target!r} is not valid. Must be 'host' or 'cuda'.")
-    if max_blocks is not None:
-        raise SpecError("max_blocks= is not valid for target='host'.")
-    return HostTarget()
+            self._placed.restart()
 
 
 def _resolve_comm(spec: MoESpec, communicator: comm.Communicator | None) -> comm.Communicator:

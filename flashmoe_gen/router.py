@@ -9,7 +9,7 @@ from . import arrays
 from .args import ROUTER_ARGS
 from .comm import Communicator
 from .errors import CommError, SpecError
-from .launch.target import Target, loaded
+from .launch.target import LaunchShape, Prepared, Target, loaded
 from .programs import plan_router
 from .render import generate
 from .spec import MoESpec
@@ -33,7 +33,7 @@ class Router:
         plan = self._plan = plan_router(target.arch)
         self._kernel = loaded(
             generate(spec, arch=target.arch, kernel="router").compile,
-            lambda compiled: target.load(compiled, threads=plan.threads, shared_bytes=plan.shared_bytes),
+            lambda compiled: target.load(compiled, LaunchShape(plan.threads, plan.shared_bytes)),
         )
         accumulator = 8 if spec.element.accumulator == "double" else 4
         self._logits = target.allocate(spec.max_tokens * spec.num_experts * accumulator)
@@ -73,15 +73,15 @@ class Router:
         if count:
             wanted = self._plan.blocks(count, experts, 1 << 30) if self._plan.threads else count
             workers = self._target.router_workers(self._kernel, count, wanted)
-            self._launch(args, workers, chosen, tuple(views.values()))
+            self._launch(self._target.prepare(self._kernel, args), workers, chosen, tuple(views.values()))
         return arrays.exported(ids, x), arrays.exported(weights, x)
 
-    def _launch(self, args: Any, workers: int, stream: Any, views: tuple[arrays.View, ...]) -> None:
+    def _launch(self, prepared: Prepared, workers: int, stream: Any, views: tuple[arrays.View, ...]) -> None:
         with self.lock, self._comm.launching() as stop:
             if self._closed:
                 raise CommError("The layer is closed.")
             self._target.follow(stream, self._stream)
-            self._target.launch(self._kernel, args, workers, stream, stop=stop)
+            self._target.launch(self._kernel, prepared, workers, stream, stop)
             self._stream = stream
             if any(view.capsule for view in views):
                 self._target.keep(stream, views)

@@ -1,4 +1,4 @@
-"""One traced call: as Chrome/Perfetto JSON, and as the few numbers that say where its time went."""
+"""Traced calls: read back, as Chrome/Perfetto JSON, and as the few numbers that say where the time of one went."""
 
 from __future__ import annotations
 
@@ -8,12 +8,35 @@ from typing import Any
 
 import numpy as np
 
-from .args import WORKS
-from .errors import SpecError
+from .args import TRACE_EVENT, WORKS
+from .errors import SpecError, TraceRoomError
+from .launch.target import Memory
+from .layout import WorkspaceLayout
 
 Events = np.ndarray[Any, Any]
 _WORK = {name: number for number, name in enumerate(WORKS)}
 _TILES = ("gemm1", "gemm2")
+_EVENTS = [("party", "i4"), ("track", "i4"), ("work", "u4"), ("what", "u4", (2,)), ("start", "u8"), ("end", "u8")]
+
+
+def take(workspace: Memory, layout: WorkspaceLayout, room: int, tracks: int) -> Events:
+    """The events since the last time; see :meth:`flashmoe_gen.MoELayer.take_trace`.
+
+    Raises:
+        TraceRoomError: there was no room for all events.
+    """
+    kept, counted = (layout.regions[name] for name in ("trace", "trace_counts"))
+    counts = workspace.read(counted.offset, counted.bytes).view(np.uint32)
+    events = workspace.read(kept.offset, kept.bytes).view(TRACE_EVENT.dtype).reshape(len(counts), room)
+    workspace.fill(counted.offset, counted.bytes, 0)
+    if counts.max() > room:
+        raise TraceRoomError(room, int(counts.max()))
+    held = np.arange(room) < counts[:, None]
+    trace = np.empty(int(counts.sum()), _EVENTS)
+    trace["party"], trace["track"] = np.divmod(np.nonzero(held)[0], tracks)
+    for name in ("work", "what", "start", "end"):
+        trace[name] = events[name][held]
+    return trace
 
 
 @dataclass(frozen=True)

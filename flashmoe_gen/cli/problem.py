@@ -14,8 +14,8 @@ import numpy as np
 
 from ..errors import FlashMoEError, SpecError
 from ..experts import Experts
-from ..launch.cuda import CudaTarget
-from ..launch.host import HostTarget
+from ..fused import launch_shape
+from ..launch.target import Target
 from ..layout import HeapLayout, HeapNeeds, WorkspaceLayout
 from ..plan import plan_schedule, resolve_combine
 from ..programs import plan_kernel, resolve
@@ -87,26 +87,21 @@ def ranks_of(spec: MoESpec) -> str:
 
 
 def runtime_bytes(
-    spec: MoESpec, tile: TileConfig, schedule: Schedule, target: HostTarget | CudaTarget, trace_events: int = 0
+    spec: MoESpec, tile: TileConfig, schedule: Schedule, target: Target, trace_events: int = 0
 ) -> tuple[int, int]:
     """Bytes of the symmetric heap and of the workspace, on the rank that holds most experts.
 
     A GPU's kernel is not there yet: it is taken to have the blocks that its registers are planned for.
     """
     arch = target.arch
-    if isinstance(target, HostTarget):
-        planners = processors = target.processors(None, spec.world_size)
-    else:
-        blocks = plan_kernel(spec, tile, arch).min_blocks * target.multiprocessors // spec.world_size
-        planners = max(1, blocks - target.system_workers)
-        processors = max(1, blocks // tile.cluster - 1)
+    processors, workers = target.expected(launch_shape(spec, tile, arch), spec.world_size)
     local = len(Placement.default(spec.num_experts, spec.world_size).local_experts(0))
     plan = plan_kernel(spec, tile, arch)
     combine = resolve_combine(spec, schedule, resolve(spec, tile.program, arch).default_combine)
     order = plan_schedule(spec, tile, plan, schedule, combine=combine, local_experts=local, processors=processors)
     workspace = WorkspaceLayout.of(
-        spec, tile, plan, order, local_experts=local, planners=planners,
-        tracks=(planners + target.system_workers) * plan.tracks, trace_events=trace_events,
+        spec, tile, plan, order, local_experts=local, planners=workers - target.system_workers,
+        tracks=workers * plan.tracks, trace_events=trace_events,
     )  # fmt: skip
     return HeapLayout.of(HeapNeeds.of(spec, combine), spec.world_size).bytes, workspace.bytes
 
@@ -141,7 +136,7 @@ def require_memory(
     spec: MoESpec,
     tile: TileConfig,
     schedule: Schedule,
-    target: HostTarget | CudaTarget,
+    target: Target,
     *also: MoESpec,
     trace_events: int = 0,
     held: int = 0,
@@ -156,7 +151,7 @@ def require_memory(
     layers = sum(one.world_size * sum(runtime_bytes(one, tile, schedule, target, trace_events)) for one in (spec, *also))
     needed = weight_bytes(spec) + working_bytes(spec)
     memory = available_bytes()
-    on_host = isinstance(target, HostTarget)
+    on_host = target.device == "cpu"
     if memory is not None:
         _require(spec, needed + (layers if on_host else 0), memory + held, "memory")
     if not on_host:

@@ -15,9 +15,8 @@ import numpy as np
 from ..args import EXPLORER_STRUCTS
 from ..cache import Cache, CompiledKernel
 from ..errors import CommError, CompileError, FlashMoEError, SpecError
-from ..programs import TensorBox
 from ..render import render_parts
-from .target import Target, loaded
+from .target import LaunchShape, Prepared, Target, loaded
 
 _ALIGN = 256
 _WAIT_MS = 50  # between two looks at whether somebody pressed Ctrl-C
@@ -109,8 +108,18 @@ class HostKernel:
         return cls(compiled, entry, library)
 
 
+def _cores(ranks: int) -> int:
+    """Threads for each of so many ranks of this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(64, cores // ranks))
+
+
 class HostTarget:
-    """The CPU: kernels are shared libraries, a rank is a set of threads, launches return when the kernel has ended."""
+    """The CPU: kernels are shared libraries, a rank is a set of threads, launches return when the kernel has ended.
+
+    Args:
+        ranks_here: ranks of the communicator in this process, which share the cores evenly.
+    """
 
     name = "host"
     arch = "host"
@@ -118,30 +127,27 @@ class HostTarget:
     synchronous = True
     system_workers = 2  # the scheduler and the subscriber
 
-    def load(
-        self,
-        compiled: CompiledKernel,
-        *,
-        threads: int,
-        shared_bytes: int,
-        boxes: Sequence[TensorBox] = (),
-        cooperative: bool = False,
-        cluster: int = 1,
-    ) -> HostKernel:
+    def __init__(self, ranks_here: int = 1) -> None:
+        self.ranks_here = ranks_here
+
+    def load(self, compiled: CompiledKernel, shape: LaunchShape) -> HostKernel:
         return HostKernel.load(compiled)
 
     def load_helpers(self) -> None:
         _launcher()
 
-    def processors(self, kernel: Any, world_size: int) -> int:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, min(64, cores // world_size))
+    def processors(self, kernel: Any) -> int:
+        return _cores(self.ranks_here)
+
+    def expected(self, shape: LaunchShape, ranks_here: int) -> tuple[int, int]:
+        processors = _cores(ranks_here)
+        return processors, processors + self.system_workers
 
     def workers(self, kernel: Any, processors: int) -> int:
         return processors + self.system_workers
 
     def router_workers(self, kernel: Any, tokens: int, wanted: int) -> int:
-        return max(1, min(self.processors(kernel, 1), tokens))
+        return max(1, min(_cores(1), tokens))
 
     def allocate(self, nbytes: int) -> HostMemory:
         return HostMemory(nbytes)
@@ -162,16 +168,15 @@ class HostTarget:
     def dlpack_stream(self, stream: Any) -> int:
         return -1
 
-    def prepare(self, kernel: Any, args: np.ndarray[Any, Any]) -> tuple[Any, ...]:
-        return ()
+    def prepare(self, kernel: Any, args: np.ndarray[Any, Any]) -> Prepared:
+        return Prepared(args)
 
     def launch(
         self,
         kernel: Any,
-        args: np.ndarray[Any, Any],
+        prepared: Prepared,
         workers: int,
         stream: Any,
-        prepared: tuple[Any, ...] = (),
         stop: ctypes.c_uint32 | None = None,
     ) -> None:
         """Run the kernel to its end, or until ``stop`` is set; an interrupt (Ctrl-C) sets it.
@@ -186,7 +191,7 @@ class HostTarget:
             raise FlashMoEError(f"{kernel.compiled.name} cannot be started: this machine has no memory left.")
         ended = False
         try:
-            if launcher.flashmoe_start(run, kernel.entry, args.ctypes.data, workers, ctypes.byref(stop)) != 0:
+            if launcher.flashmoe_start(run, kernel.entry, prepared.pointer, workers, ctypes.byref(stop)) != 0:
                 ended = True
                 raise FlashMoEError(f"{kernel.compiled.name} needs {workers} threads; the system refused to start them.")
             while not ended:  # between two waits Python runs its signal handlers

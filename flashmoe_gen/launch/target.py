@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -33,6 +34,48 @@ def loaded(build: Callable[[], CompiledKernel], load: Callable[[CompiledKernel],
     raise CacheError(f"{compiled.path} was removed {_TRIES} times before it could be loaded: another process clears the cache.")
 
 
+@dataclass(frozen=True)
+class LaunchShape:
+    """What a kernel asks of its launches on a GPU; one of the host asks for nothing.
+
+    Attributes:
+        threads: of a block.
+        shared_bytes: dynamic shared memory of a block.
+        cluster: blocks of a processor.
+        waiting: its blocks wait for each other, so all of a launch must be resident.
+        boxes: the tensor maps it takes after its argument struct.
+        min_blocks: blocks of a multiprocessor that its registers are planned for.
+    """
+
+    threads: int
+    shared_bytes: int
+    cluster: int = 1
+    waiting: bool = False
+    boxes: tuple[TensorBox, ...] = ()
+    min_blocks: int = 1
+
+
+class Prepared:
+    """The arguments of launches: a struct, which its owner may change from launch to launch, and tensor maps that go with it.
+
+    Attributes:
+        args: the struct.
+        pointer: its address.
+        parameters: address of the array of all their addresses, as ``cuLaunchKernelEx`` takes it.
+    """
+
+    __slots__ = ("_addresses", "_beside", "args", "parameters", "pointer")
+
+    def __init__(self, args: np.ndarray[Any, Any], beside: Sequence[np.ndarray[Any, Any]] = ()) -> None:
+        self.args, self._beside = args, tuple(beside)
+        self._addresses = np.array([array.ctypes.data for array in (args, *self._beside)], np.uint64)
+        self.pointer, self.parameters = int(self._addresses[0]), self._addresses.ctypes.data
+
+    def beside(self, args: np.ndarray[Any, Any]) -> Prepared:
+        """The same tensor maps for another struct with the same weights in it."""
+        return Prepared(args, self._beside)
+
+
 class Memory(Protocol):
     """Zeroed memory at a 256-byte boundary that a kernel of the target can use."""
 
@@ -51,7 +94,8 @@ class Kernel(Protocol):
 
     Attributes:
         compiled: what the cache says of it.
-        max_workers: the most workers (threads of the host, blocks of a GPU) that run at the same time; 0: no limit.
+        max_workers: the most workers (threads of the host, blocks of a GPU) that run at the same time for all ranks of this
+            process; 0: no limit.
     """
 
     @property
@@ -70,6 +114,7 @@ class Target(Protocol):
         device: where arrays must be: ``"cpu"`` or ``"cuda:N"``.
         synchronous: whether a launch has ended when it returns.
         system_workers: workers of a MoE launch that run its operating system alone.
+        ranks_here: ranks of the communicator in this process, which share what the target is.
     """
 
     name: str
@@ -77,28 +122,19 @@ class Target(Protocol):
     device: str
     synchronous: bool
     system_workers: int
+    ranks_here: int
 
-    def load(
-        self,
-        compiled: CompiledKernel,
-        *,
-        threads: int,
-        shared_bytes: int,
-        boxes: Sequence[TensorBox] = (),
-        cooperative: bool = False,
-        cluster: int = 1,
-    ) -> Kernel:
-        """Load a compiled kernel whose blocks have so many threads and bytes of dynamic shared memory (GPU).
-
-        ``boxes`` are the tensor maps it takes after its argument struct; ``cooperative``: its blocks wait for each other;
-        ``cluster``: blocks of a processor.
-        """
+    def load(self, compiled: CompiledKernel, shape: LaunchShape) -> Kernel:
+        """Load a compiled kernel."""
 
     def load_helpers(self) -> None:
         """Build and load the small programs beside the kernels, so that no call has to."""
 
-    def processors(self, kernel: Kernel, world_size: int) -> int:
-        """Processors for one of ``world_size`` ranks of this process: threads (host), clusters of blocks (GPU)."""
+    def processors(self, kernel: Kernel) -> int:
+        """Processors of one rank's MoE launch: threads (host), clusters of blocks (GPU)."""
+
+    def expected(self, shape: LaunchShape, ranks_here: int) -> tuple[int, int]:
+        """Processors and workers of a MoE launch of a kernel that is not loaded yet, one of so many ranks of this process."""
 
     def workers(self, kernel: Kernel, processors: int) -> int:
         """Workers of a MoE launch with so many processors: threads or blocks; ``system_workers`` of them make no plans."""
@@ -121,19 +157,18 @@ class Target(Protocol):
     def dlpack_stream(self, stream: Any) -> int:
         """The stream as DLPack names it, which exporters let wait for their memory; -1: they must not."""
 
-    def prepare(self, kernel: Kernel, args: np.ndarray[Any, Any]) -> tuple[Any, ...]:
-        """What a launch passes after the argument struct: the same as long as the addresses in it are."""
+    def prepare(self, kernel: Kernel, args: np.ndarray[Any, Any]) -> Prepared:
+        """The arguments of launches with this struct, good as long as the addresses of weights and workspace in it are."""
 
     def launch(
         self,
         kernel: Kernel,
-        args: np.ndarray[Any, Any],
+        prepared: Prepared,
         workers: int,
         stream: Any,
-        prepared: tuple[Any, ...] = (),
         stop: ctypes.c_uint32 | None = None,
     ) -> None:
-        """Launch with one packed argument struct. A synchronous target ends the launch early when ``stop`` is set."""
+        """Launch with the struct as it is now. A synchronous target ends the launch early when ``stop`` is set."""
 
     def interrupt(self, aborted: Sequence[int]) -> None:
         """Set the words at these addresses, in memory of the target, while kernels that look at them run."""

@@ -57,6 +57,11 @@ class TensorBox:
     box_columns: int
     size: int
 
+    @property
+    def row_bytes(self) -> int:
+        """From a row to the next where rows follow each other."""
+        return self.columns * self.size
+
 
 class BlockProgram(abc.ABC):
     """One block program: a subclass, its template parts, and an instance of it given to :func:`~flashmoe_gen.programs.register`.

@@ -282,7 +282,7 @@ def test_few_blocks_give_the_same_bits(way: str, more: int) -> None:
     problem = Problem(spec)
     blocks = 2 * tile.cluster + more
     all_blocks, few = Ranks(spec, tile), Ranks(spec, tile, max_blocks=blocks)
-    assert few.layers[0]._workers == blocks // tile.cluster * tile.cluster < all_blocks.layers[0]._workers
+    assert few.layers[0]._fused.workers == blocks // tile.cluster * tile.cluster < all_blocks.layers[0]._fused.workers
     for n, count in enumerate((0, 1, 77, 300)):
         case = inputs_of(problem, spec, [count], KINDS[n])
         assert few.run(problem, case)[0].tobytes() == all_blocks.run(problem, case)[0].tobytes()
@@ -292,10 +292,10 @@ def test_few_blocks_give_the_same_bits(way: str, more: int) -> None:
 def test_more_blocks_than_are_resident_are_refused(way: str) -> None:
     spec, tile = make(way, world_size=8)
     comms = fmg.comm.local_group(8)
-    most = fmg.MoELayer(spec, target="cuda", tile=tile, comm=comms[0])._workers
+    most = fmg.MoELayer(spec, target="cuda", tile=tile, comm=comms[0])._fused.workers
     single = fmg.MoELayer(spec.replace(world_size=1), target="cuda", tile=tile)
-    assert single._workers // 8 == most >= 2
-    for blocks, fields in ((most + 1, {"spec": spec, "comm": comms[1]}), (single._workers + 1, {"spec": single.spec})):
+    assert single._fused.workers // 8 == most >= 2
+    for blocks, fields in ((most + 1, {"spec": spec, "comm": comms[1]}), (single._fused.workers + 1, {"spec": single.spec})):
         match = f"max_blocks={blocks} is not valid.* at most {blocks - 1} resident blocks"
         with pytest.raises(fmg.SpecError, match=match):
             fmg.MoELayer(**fields, target="cuda", tile=tile, max_blocks=blocks)

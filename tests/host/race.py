@@ -41,7 +41,7 @@ class Bundle:
         assert not others, "one kernel per executable"
         for layer in world.layers:
             poison(layer)
-            memories = [layer._workspace, *layer._tables]
+            memories = [layer._placed.workspace, *layer._placed.tables]
             self.buffers += [memory.array for memory in memories]
             self.buffers.append(layer.comm.record)
             self.buffers.append(layer.comm.heap_memory(layer.comm.rank).array)
@@ -49,7 +49,7 @@ class Bundle:
 
     def _pack(self, call: Any) -> np.ndarray[Any, Any]:
         call.y[:] = np.nan
-        packed = call.layer._pack(*call.inputs, call.experts, call.y, None)
+        packed = call.layer._placed.pack(*call.inputs, call.experts, call.y, None)
         self._keep.append(packed)
         self.buffers += [*call.inputs, call.y]
         self.buffers += [array for array in call.experts._arrays.values() if array is not None]

@@ -13,6 +13,7 @@ import numpy as np
 import flashmoe_gen as fmg
 from flashmoe_gen.args import ROUTER_ARGS
 from flashmoe_gen.launch.host import HostKernel, HostTarget
+from flashmoe_gen.launch.target import Prepared
 
 
 def make_spec(num_experts: int = 64, dtype: str = "float32", **fields: Any) -> fmg.MoESpec:
@@ -45,7 +46,7 @@ def run(
     args["tokens"] = len(x)
     for name in ("num_experts", "num_groups", "top_groups"):
         args[name] = getattr(spec, name)
-    HostTarget().launch(kernel, args, threads, None)
+    HostTarget().launch(kernel, Prepared(args), threads, None)
     return ids, weights
 
 

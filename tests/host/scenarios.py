@@ -80,8 +80,8 @@ class Scenario:
             launches.append([])
             for call in per_rank:
                 call.y[:] = np.nan
-                packed = call.layer._pack(*call.inputs, call.experts, call.y, None)
-                kernel = (kernels or {}).get(call.layer.spec.hidden_size, call.layer._kernel)
+                packed = call.layer._placed.pack(*call.inputs, call.experts, call.y, None)
+                kernel = (kernels or {}).get(call.layer.spec.hidden_size, call.layer._fused.kernel)
                 launches[-1].append((kernel, packed.args))
         comm = self.worlds[0][0].comms[0]
         heaps = [comm.heap_memory(rank) for rank in range(self.world_size)]

@@ -80,9 +80,9 @@ def routes(spec: fmg.MoESpec, count: int, kind: str, seed: int) -> tuple[np.ndar
 
 def poison(layer: fmg.MoELayer, *, heap: bool = True) -> None:
     """Fill everything that may hold anything before a call with NaN patterns (all bits set: NaN in every dtype)."""
-    for region in layer._layout.regions.values():
+    for region in layer._placed.layout.regions.values():
         if not region.persistent:
-            layer._workspace.fill(region.offset, region.bytes, 0xFF)
+            layer._placed.workspace.fill(region.offset, region.bytes, 0xFF)
     if heap:
         for region in layer.comm.heap.regions.values():
             if not region.persistent:
@@ -132,7 +132,7 @@ class World:
         ]
         if processors is not None:
             for layer in self.layers:
-                layer._processors = processors
+                layer._fused = layer._fused.with_processors(processors)
                 layer.set_placement(self.placement)
 
     def run(self, problem: Problem, inputs: list[tuple[np.ndarray, np.ndarray, np.ndarray]], **options: Any) -> list[np.ndarray]:

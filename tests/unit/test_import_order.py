@@ -25,8 +25,8 @@ ROOMS = [
     "compile cubin nvrtc link",
     "cache",
     "launch arrays comm experts",
-    "call counters router layer",
-    "tune bench trace compat",
+    "call counters trace fused placed router layer",
+    "tune bench compat",
     "__init__",
     "cli __main__",
 ]

@@ -56,7 +56,7 @@ def test_a_layer_takes_the_old_fields_and_the_new_ones() -> None:
     other = fmg.MoELayer(SPEC, target="host", schedule=schedule, comm=comms[0])
     with one, other:
         assert one.schedule == other.schedule == schedule
-        assert one._order == other._order
+        assert one._placed.order == other._placed.order
 
 
 def test_no_warning_without_them() -> None:

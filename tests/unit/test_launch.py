@@ -1,0 +1,163 @@
+"""What the launch makes of a kernel's needs, without a GPU: the driver's functions are replaced by ones that look."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import flashmoe_gen as fmg
+from flashmoe_gen.args import MOE_ARGS
+from flashmoe_gen.launch import choose
+from flashmoe_gen.launch.config import LaunchConfig
+from flashmoe_gen.launch.cuda import CudaTarget
+from flashmoe_gen.launch.host import HostTarget
+from flashmoe_gen.launch.target import LaunchShape, Prepared
+from flashmoe_gen.launch.tensor_maps import TensorMaps
+from flashmoe_gen.programs import TensorBox
+
+driver: Any = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+DOWN = TensorBox("down", "local_experts", rows=48, columns=80, box_rows=16, box_columns=64, size=2)
+RING = TensorBox("ring", "ring_slots", rows=128, columns=80, box_rows=64, box_columns=64, size=2)
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What cuTensorMapEncodeTiled has been given."""
+    calls: list[tuple[Any, ...]] = []
+
+    def encode(*given: Any) -> Any:
+        calls.append(given)
+        return driver.CUresult.CUDA_SUCCESS, driver.CUtensorMap()
+
+    monkeypatch.setattr(driver, "cuTensorMapEncodeTiled", encode)
+    return calls
+
+
+def test_tensor_maps_take_strides_in_bytes(encoded: list[tuple[Any, ...]]) -> None:
+    args = MOE_ARGS.zeros()
+    for name, value in {"down": 4096, "local_experts": 3, "down_row_stride": 192, "down_expert_stride": 9216}.items():
+        args[name] = value
+    args["ring"], args["ring_slots"] = 8192, 5
+    maps = TensorMaps()
+    assert maps.encoded(DOWN, args[0]).nbytes == maps.encoded(RING, args[0]).nbytes == 128
+    (_, _, pointer, sizes, strides, *_), ring = encoded
+    assert (pointer, [*map(int, sizes)], [*map(int, strides)]) == (4096, [80, 48, 3], [192, 9216])
+    assert (ring[2], [*map(int, ring[3])], [*map(int, ring[4])]) == (8192, [80, 128, 5], [160, 128 * 160])
+
+
+def test_a_tensor_map_is_encoded_once_per_address(encoded: list[tuple[Any, ...]]) -> None:
+    args = MOE_ARGS.zeros()
+    args["down"], args["local_experts"] = 4096, 3
+    maps = TensorMaps()
+    first = maps.encoded(DOWN, args[0])
+    assert maps.encoded(DOWN, args[0]) is first and len(encoded) == 1
+    args["down"] = 8192
+    assert maps.encoded(DOWN, args[0]) is not first and len(encoded) == 2
+    maps.clear()
+    maps.encoded(DOWN, args[0])
+    assert len(encoded) == 3
+
+
+def test_the_target_is_what_was_named_else_the_environments_else_the_communicators(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = sys.modules["flashmoe_gen.launch.choose"]
+    monkeypatch.setattr(module, "CudaTarget", lambda max_blocks, ranks_here: ("cuda", max_blocks, ranks_here))
+    monkeypatch.setattr(module, "device_count", lambda: 1)
+    monkeypatch.delenv("FLASHMOE_TARGET", raising=False)
+    assert choose(None) == choose("cuda") == ("cuda", None, 1)
+    assert choose("cuda", "host", 8, 2) == ("cuda", 8, 2)
+    assert choose(None, "host").name == "host"
+    monkeypatch.setenv("FLASHMOE_TARGET", "host")
+    assert choose(None, "cuda").name == "host"
+    assert choose("cuda") == ("cuda", None, 1)
+    monkeypatch.delenv("FLASHMOE_TARGET")
+    monkeypatch.setattr(module, "device_count", lambda: 0)
+    assert choose(None).name == "host"
+    with pytest.raises(fmg.SpecError, match="max_blocks= is not valid for target='host'"):
+        choose("host", max_blocks=4)
+    with pytest.raises(fmg.SpecError, match=r"target='gpu' is not valid\. Must be 'host' or 'cuda'"):
+        choose("gpu")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What cuLaunchKernelEx has been given: function, blocks, stream, and the first words of the first two arguments."""
+    calls: list[tuple[Any, ...]] = []
+
+    def launch(config: Any, function: Any, parameters: int, extra: int) -> Any:
+        addresses = (ctypes.c_uint64 * 2).from_address(parameters)
+        words = [ctypes.c_uint32.from_address(address).value for address in addresses]
+        calls.append((int(function), config.gridDimX, int(config.hStream), *words))
+        return (driver.CUresult.CUDA_SUCCESS if config.gridDimX < 1000 else driver.CUresult.CUDA_ERROR_INVALID_VALUE,)
+
+    monkeypatch.setattr(driver, "cuLaunchKernelEx", launch)
+    return calls
+
+
+def attributes(config: LaunchConfig) -> dict[str, Any]:
+    fields = {"CLUSTER_DIMENSION": "clusterDim", "PRIORITY": "priority", "COOPERATIVE": "cooperative"}
+    fields["PROGRAMMATIC_STREAM_SERIALIZATION"] = "programmaticStreamSerializationAllowed"
+    names = [attribute.id.name.removeprefix("CU_LAUNCH_ATTRIBUTE_") for attribute in config._config.attrs]
+    found = {name: getattr(a.value, fields[name]) for name, a in zip(names, config._config.attrs)}
+    assert config._config.numAttrs == len(found)
+    return {name: (v.x, v.y, v.z) if name == "CLUSTER_DIMENSION" else v for name, v in found.items()}
+
+
+def test_a_launch_says_only_what_was_asked_for() -> None:
+    plain = LaunchConfig("k", 1, 384, 2000)
+    assert attributes(plain) == {}
+    assert (plain._config.blockDimX, plain._config.blockDimY, plain._config.sharedMemBytes) == (384, 1, 2000)
+    everything = LaunchConfig("k", 1, 384, cluster=2, cooperative=True, programmatic=True, priority=-3)
+    assert attributes(everything) == {
+        "CLUSTER_DIMENSION": (2, 1, 1), "COOPERATIVE": 1, "PROGRAMMATIC_STREAM_SERIALIZATION": 1, "PRIORITY": -3
+    }  # fmt: skip
+
+
+def test_launches_see_the_struct_as_it_is_then(launched: list[tuple[Any, ...]]) -> None:
+    config, args, beside = LaunchConfig("k", 7, 32), np.array([5], np.uint32), np.array([6], np.uint32)
+    prepared = Prepared(args, [beside])
+    config.launch(prepared.parameters, 3, 0)
+    args[0] = 8
+    config.launch(prepared.parameters, 3, 99)
+    other = prepared.beside(np.array([9], np.uint32))
+    config.launch(other.parameters, 4, 99)
+    assert launched == [(7, 3, 1, 5, 6), (7, 3, 99, 8, 6), (7, 4, 99, 9, 6)]
+    with pytest.raises(fmg.FlashMoEError, match=r"k cannot be launched with 1000 blocks: CUDA_ERROR_INVALID_VALUE"):
+        config.launch(prepared.parameters, 1000, 99)
+
+
+def test_ranks_of_one_process_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert [HostTarget(ranks).processors(None) for ranks in (1, 2, 16)] == [8, 4, 1]
+    assert HostTarget().expected(LaunchShape(0, 0), 4) == (2, 4)
+
+
+def gpu(number: int = 0, ranks_here: int = 1, max_blocks: int | None = None) -> CudaTarget:
+    """A target of a GPU that is not there, with 132 multiprocessors."""
+    target = object.__new__(CudaTarget)
+    target.number, target.device, target.multiprocessors = number, f"cuda:{number}", 132
+    target.ranks_here, target.max_blocks = ranks_here, max_blocks
+    return target
+
+
+@pytest.mark.parametrize("ranks, processors", [(1, 65), (2, 32), (8, 7)])
+def test_ranks_of_one_process_share_the_blocks_of_a_gpu(ranks: int, processors: int) -> None:
+    shape = LaunchShape(384, 0, cluster=2)
+    kernel = SimpleNamespace(shape=shape, max_workers=132)
+    assert gpu(ranks_here=ranks).processors(kernel) == processors == gpu().expected(shape, ranks)[0]
+    assert gpu().workers(kernel, processors) == 2 * processors + 2
+    match = rf"max_blocks=140 is not valid\. {ranks} ranks on cuda:0 can have at most {132 // ranks} resident"
+    with pytest.raises(fmg.SpecError, match=match):
+        gpu(ranks_here=ranks, max_blocks=140).processors(kernel)
+
+
+def test_targets_say_whose_memory_they_reach() -> None:
+    assert HostTarget().reaches(HostTarget(2)) == gpu().reaches(gpu(ranks_here=2)) == ""
+    assert HostTarget().reaches(gpu()) == "kernels on cpu cannot use the memory of cuda:0"
+    assert gpu(1).reaches(gpu()) == "kernels on cuda:1 cannot use the memory of cuda:0"
