@@ -207,8 +207,9 @@ class CudaTarget:
         _ = self._narrow
 
     def reaches(self, other: Target) -> str:
-        same = (self.name, self.device) == (other.name, other.device)
-        return "" if same else f"kernels on {self.device} cannot use the memory of {other.device}"
+        if (self.name, self.device) == (other.name, other.device):
+            return ""
+        return f"The communicator's layers run on {other.device}; this one would run on {self.device}."
 
     def processors(self, kernel: Any) -> int:
         # Every block must be resident: they wait for each other.
