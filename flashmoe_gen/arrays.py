@@ -316,7 +316,9 @@ def empty_like(array: Any, shape: Sequence[int], dtype: str) -> Any:
         return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=array.device)
     made = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
     if library == "cupy" or (library != "numpy" and array.__dlpack_device__()[0] not in _CPU_DEVICES):
-        return importlib.import_module("cupy").empty(shape, made)
+        cupy = importlib.import_module("cupy")
+        with cupy.cuda.Device(array.__dlpack_device__()[1]):  # which need not be the current one
+            return cupy.empty(shape, made)
     return np.empty(shape, made)
 
 

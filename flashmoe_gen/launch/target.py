@@ -67,13 +67,20 @@ class Prepared:
     __slots__ = ("_addresses", "_beside", "args", "parameters", "pointer")
 
     def __init__(self, args: np.ndarray[Any, Any], beside: Sequence[np.ndarray[Any, Any]] = ()) -> None:
-        self.args, self._beside = args, tuple(beside)
-        self._addresses = np.array([array.ctypes.data for array in (args, *self._beside)], np.uint64)
-        self.pointer, self.parameters = int(self._addresses[0]), self._addresses.ctypes.data
+        self._beside = tuple(beside)
+        self._aim(args, (ctypes.c_uint64 * (1 + len(self._beside)))(0, *(array.ctypes.data for array in self._beside)))
+
+    def _aim(self, args: np.ndarray[Any, Any], addresses: ctypes.Array[ctypes.c_uint64]) -> None:
+        self.args, self.pointer = args, args.ctypes.data
+        addresses[0] = self.pointer
+        self._addresses, self.parameters = addresses, ctypes.addressof(addresses)
 
     def beside(self, args: np.ndarray[Any, Any]) -> Prepared:
         """The same tensor maps for another struct with the same weights in it."""
-        return Prepared(args, self._beside)
+        made = Prepared.__new__(Prepared)
+        made._beside = self._beside
+        made._aim(args, type(self._addresses).from_buffer_copy(self._addresses))
+        return made
 
 
 class Memory(Protocol):
