@@ -13,7 +13,7 @@ import numpy as np
 
 from . import arrays, comm, env
 from .call import PackedCall
-from .comm.group import MovedError
+from .comm.base import MovedError
 from .counters import LayerStats
 from .errors import CommError, SpecError, UnsupportedError
 from .experts import Experts
@@ -91,7 +91,7 @@ class MoELayer:
         spec = self.spec
         env.timeout_s()  # a bad one is found before anything is compiled
         self._instrument = instrument
-        self._target = choose(target, self.comm.target, self._max_blocks, self.comm.world_size)
+        self._target = choose(target, self.comm.target, self._max_blocks, len(self.comm.ranks_here))
         self._stream = self._target.stream(stream, None) if stream is not None else None
         self.tile = tile or default_tile(spec, self._target.arch)
         self.schedule = resolve_schedule(self.tile, schedule)

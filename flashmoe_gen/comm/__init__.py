@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..errors import SpecError, UnsupportedError
 from ..spec import MAX_WORLD_SIZE
 from .communicator import Communicator
-from .group import Group
+from .local import LocalGroup, LocalTransport
 
 __all__ = ["Communicator", "init", "local_group"]
 
@@ -58,7 +58,7 @@ def init(
             f"method={method!r}: ranks in several processes are not supported ({why}it needs NVSHMEM). "
             "Supported: 'single', and comm.local_group(world_size) for several ranks in one process."
         )
-    return Communicator(Group(1, _checked_heap_bytes(heap_bytes)), 0)
+    return Communicator(LocalTransport(LocalGroup(1, _checked_heap_bytes(heap_bytes)), 0))
 
 
 def local_group(world_size: int, *, heap_bytes: int | None = None) -> list[Communicator]:
@@ -77,5 +77,5 @@ def local_group(world_size: int, *, heap_bytes: int | None = None) -> list[Commu
         count = 0
     if isinstance(world_size, bool) or not 1 <= count <= MAX_WORLD_SIZE:
         raise SpecError(f"world_size={world_size!r} is not valid. Must be between 1 and {MAX_WORLD_SIZE}.")
-    group = Group(count, _checked_heap_bytes(heap_bytes))
-    return [Communicator(group, rank) for rank in range(count)]
+    group = LocalGroup(count, _checked_heap_bytes(heap_bytes))
+    return [Communicator(LocalTransport(group, rank)) for rank in range(count)]

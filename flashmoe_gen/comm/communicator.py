@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..args import AWAITS, ROLES
-from ..errors import CommError, KernelTimeoutError, SpecError
+from ..errors import CommError, SpecError
 from ..launch.target import Memory, Target
 from ..layout import HeapLayout, HeapNeeds
-from .group import Group, Launch, Restarts
+from .base import Called, Launch, Restarts, Transport
+from .calls import Calls
 
 T = TypeVar("T")
 
@@ -31,22 +31,18 @@ class Communicator:
         rank: this rank, 0 to ``world_size - 1``.
         world_size: number of ranks.
         local_rank: this rank among those of its machine.
+        ranks_here: ranks of this communicator in this process, ascending.
     """
 
-    def __init__(self, group: Group, rank: int) -> None:
-        self._group = group
-        self.rank = rank
-        self.world_size = group.world_size
-        self.local_rank = rank
-        self.renew_locks()
+    def __init__(self, transport: Transport) -> None:
+        self._transport, self._words, self._calls = transport, transport.words, Calls(transport)
+        self.rank = transport.rank
+        self.world_size = transport.world_size
+        self.local_rank, self.ranks_here = transport.local_rank, transport.ranks_here
+        self.lock = threading.RLock()  # held by whoever uses what the rank's calls use
         self._inside: Callable[[], object] = _nothing  # what lives as long as a call of this rank
-        self._met = 0  # layers that all ranks are known to have made
-        self._meeting = False
         self._stream: Any = None  # of the last launch
         _communicators.add(self)
-
-    def renew_locks(self) -> None:
-        self.lock = threading.RLock()  # held by whoever uses what the rank's calls use
 
     def __repr__(self) -> str:
         return f"Communicator(rank={self.rank}, world_size={self.world_size})"
@@ -63,8 +59,8 @@ class Communicator:
         Raises:
             CommError: closed, or a rank did not come.
         """
-        self._require_open()
-        self._group.meet(self.rank, "barrier()")
+        self._calls.require_open()
+        self._transport.exchange(None, "barrier()")
 
     def split(self, color: int, key: int | None = None) -> Communicator:
         """Collective: a new communicator of the ranks that passed the same ``color``, ordered by ``key`` (default: rank).
@@ -75,23 +71,13 @@ class Communicator:
             SpecError: ``color`` or ``key`` is not an integer.
             CommError: closed, or a rank does not take part.
         """
-        self._require_open()
+        self._calls.require_open()
         for name, value in (("color", color), ("key", 0 if key is None else key)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
                 raise SpecError(f"{name}={value!r} is not valid. Must be an integer.")
-        group = self._group
-        group.exchange["vote", self.rank] = (int(color), self.rank if key is None else int(key))
-        group.meet(self.rank, "split()")
-        votes = {rank: group.exchange["vote", rank] for rank in range(self.world_size)}
-        members = sorted((vote[1], rank) for rank, vote in votes.items() if vote[0] == color)
-        ranks = [rank for _, rank in members]
-        if self.rank == ranks[0]:
-            group.exchange["group", int(color)] = Group(len(ranks), group.heap_bytes)
-        group.meet(self.rank, "split()")
-        shared = group.exchange["group", int(color)]
-        group.meet(self.rank, "split()")
-        group.exchange.pop(("group", int(color)), None)
-        return Communicator(shared, ranks.index(self.rank))
+        votes = self._transport.exchange((int(color), self.rank if key is None else int(key)), "split()")
+        members = sorted((vote[1], rank) for rank, vote in enumerate(votes) if vote[0] == color)
+        return Communicator(self._transport.split([rank for _, rank in members]))
 
     def check(self) -> None:
         """Raise what a past call of any rank left behind; return if all is well.
@@ -100,8 +86,7 @@ class Communicator:
             KernelTimeoutError: a wait of this rank passed its deadline.
             CommError: closed, or another rank failed.
         """
-        self._require_open()
-        self._raise_failure()
+        self._calls.check()
 
     def reset(self) -> None:
         """Collective: forget a failure and start afresh; every rank calls it, no call may be in flight.
@@ -109,16 +94,15 @@ class Communicator:
         Raises:
             CommError: closed, a call is in flight, or a rank did not come.
         """
-        self._require_open()
-        group = self._group
-        group.meet(self.rank, "reset()")
-        if self.rank == 0:
-            with group.lock:
-                group.exchange["cleared"] = not group.running
-                if not group.running:
-                    group.clear()
-        group.meet(self.rank, "reset()")  # after it others may already be in their next call
-        if not group.exchange["cleared"]:
+        self._calls.require_open()
+        transport, words, idle = self._transport, self._words, True
+        transport.exchange(None, "reset()")
+        if self.rank == self.ranks_here[0]:
+            with words.lock:
+                idle = not words.launches
+                if idle:
+                    transport.clear()
+        if not all(transport.exchange(idle, "reset()")):  # after it others may already be in their next call
             raise CommError("reset() while a call is in flight on some rank.")
 
     def close(self, *, abort: bool = False) -> None:
@@ -127,55 +111,48 @@ class Communicator:
         Waits for this rank's call in flight. ``abort=True`` waits for nobody: it ends the calls in flight on every rank, whose
         callers get a :class:`CommError`.
         """
-        group = self._group
         if abort:
-            group.fail(f"rank {self.rank} has closed it with abort=True.")
-            self._end()
+            self._transport.fail(f"rank {self.rank} has closed it with abort=True.")
+            self._transport.close()
         else:
             with self.lock:
                 self.require_outside("close()")
                 self.leave(None, "its communicator")
-                self._end()
-
-    def _end(self) -> None:
-        with self._group.lock:
-            self._group.closed = True
-            self._group.changed.notify_all()
+                self._transport.close()
 
     # What layers use -------------------------------------------------------------------------------------------------
 
     @property
     def generation(self) -> int:
         """Changes whenever signals and epochs start from zero, maybe in other memory."""
-        return self._group.generation
+        return self._words.generation
 
     @property
     def heap(self) -> HeapLayout:
         """Layout of the symmetric heap."""
-        return self._group.layout
+        return self._transport.layout
 
     @property
     def target(self) -> str | None:
         """Where its layers run, ``"host"`` or ``"cuda"``; ``None`` before the first one."""
-        return self._group.target.name if self._group.target is not None else None
+        return target.name if (target := self._transport.target) is not None else None
 
     def heap_memory(self, rank: int) -> Memory:
-        """The heap of one rank."""
-        return self._group.heaps[rank]
+        """The heap of one rank of this process."""
+        return self._transport.heap(rank)
 
     def heap_pointers(self) -> list[int]:
-        """Where each rank's heap starts, in this process."""
-        return [heap.pointer for heap in self._group.heaps]
+        """Where each rank's heap starts, as kernels of this rank see it."""
+        return self._transport.pointers
 
     def attach(self, layer: Restarts) -> None:
         """From now on, and as long as it lives, a layer's counters start from zero whenever the signals do."""
-        with self._group.lock:
-            self._group.layers.add(layer)
+        self._transport.attach(layer)
 
     @property
     def record(self) -> np.ndarray[Any, Any]:
         """The abort record kernels of this rank fill."""
-        return self._group.records[self.rank]
+        return self._transport.record
 
     def reserve(self, target: Target, needs: HeapNeeds) -> None:
         """Make the heap large enough for one more layer.
@@ -183,38 +160,23 @@ class Communicator:
         Raises:
             CommError: closed, over ``heap_bytes``, bound to another target, or a call is in flight while the heap has to grow.
         """
-        self._require_open()
-        group = self._group
-        with group.lock:
-            group.bind(target)
-            union = group.needs.union(needs)
-            if union == group.needs:
-                return
-            if group.running:
-                raise CommError("The heap cannot grow while a call is in flight. Make all layers before the first call.")
-            group.carve(target, union)
+        self._calls.require_open()
+        with self._words.lock:
+            self._transport.bind(target)
+            self._transport.reserve(needs)
 
     def register(self, description: Mapping[str, Any]) -> int:
         """Say that this rank has made its next layer, and what all ranks must have made alike; its number."""
-        group = self._group
-        with group.lock:
-            group.made[self.rank].append(description)
-            group.unmade.pop(self.rank, None)
-            group.changed.notify_all()
-            return len(group.made[self.rank]) - 1
+        return self._calls.made(description)
 
     @contextmanager
     def making(self) -> Iterator[None]:
         """Around the making of a layer: peers that wait for it learn of a failure."""
-        group = self._group
-        with group.lock:
-            group.attempts[self.rank] += 1
+        self._calls.attempt()
         try:
             yield
         except BaseException as error:
-            with group.lock:
-                group.unmade[self.rank] = group.attempts[self.rank], _reason(error)
-                group.changed.notify_all()
+            self._calls.unmade(error)
             raise
 
     def call(self, layer: int, work: Callable[[], T]) -> T:
@@ -228,15 +190,16 @@ class Communicator:
             self._refuse_overlap()
         with self.lock:  # not acquire() before a try: an interrupt may come between the two
             self.require_outside("a call")
-            begun, token = self._group.begun[self.rank], _Token()
+            calls, token = self._calls, _Token()
+            begun = calls.begun
             try:
                 self._inside = weakref.ref(token)
-                self.check()
+                calls.check()
                 if self.world_size > 1:
-                    self._meet(layer)
+                    calls.meet(layer)
                 return work()
             except BaseException as error:
-                self._tell(error, begun)
+                calls.refuse(error, begun)
                 raise
             finally:
                 self._inside = _nothing
@@ -251,76 +214,48 @@ class Communicator:
             f"Rank {self.rank} is called from two threads at the same time. With several ranks, calls of a rank must follow "
             "each other; each rank needs a communicator of its own."
         )
-        if self._meeting:  # the other call waits for peers that may never come
-            self._group.fail(why)
+        if self._calls.meeting:  # the other call waits for peers that may never come
+            self._transport.fail(why)
         raise CommError(why)
 
     @contextmanager
     def telling(self) -> Iterator[None]:
         """Tell the other ranks of an error, if they are, or will be, in a call that this rank does not make."""
-        begun = self._group.begun[self.rank]
+        begun = self._calls.begun
         try:
             yield
         except BaseException as error:
-            self._tell(error, begun)
+            self._calls.refuse(error, begun)
             raise
-
-    def _tell(self, error: BaseException, begun: int) -> None:
-        """``begun``: how many calls this rank had begun before what raised."""
-        group, why = self._group, f"Rank {self.rank} raised {_reason(error)}"
-        if self.world_size == 1:
-            return
-        with group.lock:
-            if not isinstance(error, Exception) or group.begun[self.rank] != begun or max(group.begun) > begun:
-                group.fail(why)
-            elif not group.failure:
-                group.refused[self.rank] = why  # until it makes the call after all
 
     def leave(self, layer: int | None, what: str) -> None:
         """Tell peers that are in a call which this rank will not make, because it closes a layer, or all of them."""
-        group = self._group
-        with group.lock:
-            turn = group.turns.get(group.begun[self.rank])
-            if turn is not None and layer in (None, turn[1][0]):
-                group.fail(f"rank {self.rank} has closed {what}.")
-
-    def _meet(self, layer: int) -> None:
-        """Wait for peers that have not made the layer yet; raise if one has refused the call that this rank begins."""
-        group = self._group
-        if layer >= self._met:
-            try:
-                self._meeting = True
-                group.await_layer(self.rank, layer)
-            finally:
-                self._meeting = False
-            self._met = layer + 1
-        group.require_peers(self.rank)
+        self._calls.leave(layer, what)
 
     def run(
-        self, target: Target, stream: Any, called: Any, generation: int, launch: Callable[[ctypes.c_uint32 | None], None]
+        self, target: Target, stream: Any, called: Called, generation: int, launch: Callable[[ctypes.c_uint32 | None], None]
     ) -> None:
         """Begin this rank's next call, and run its launch after what the rank launched before on other streams.
 
         Raises:
-            MovedError: see :meth:`flashmoe_gen.comm.group.Group.begin`.
+            MovedError: see :meth:`flashmoe_gen.comm.calls.Calls.begin`.
             KernelTimeoutError, CommError: the call has ended in failure (synchronous targets).
         """
-        group = self._group
         target.follow(stream, self._stream)
         if not target.synchronous:
-            group.begin(self.rank, called, generation, None)
+            self._calls.begin(called, generation, None)
             launch(None)
             self._stream = stream
             return
-        flight = Launch()
-        group.begin(self.rank, called, generation, flight)
+        flight, words = Launch(), self._words
+        self._calls.begin(called, generation, flight)
         try:
             launch(flight.stop)
         finally:
-            group.launches.discard(flight)
-            if flight.stop.value and self.world_size == 1 and not group.failure:
-                group.clear()  # nobody else has a part in what it left behind
-        self._raise_failure()
+            words.launches.discard(flight)
+            if flight.stop.value and self.world_size == 1 and not words.failure:
+                self._transport.clear()  # nobody else has a part in what it left behind
+        self._calls.require_success()
         if flight.stop.value:
             raise CommError("The call was ended before it was done.")
 
@@ -331,44 +266,15 @@ class Communicator:
         Raises:
             CommError, KernelTimeoutError: it was ended, because the communicator has failed.
         """
-        self.check()
-        flight = self._group.launch()
+        self._calls.check()
+        flight = self._calls.launch()
         try:
             yield flight.stop
         finally:
-            self._group.launches.discard(flight)
+            self._words.launches.discard(flight)
         if flight.stop.value:
-            self._raise_failure()
+            self._calls.require_success()
             raise CommError("The call was ended before it was done.")
-
-    def _raise_failure(self) -> None:
-        group = self._group
-        if not group.failure and not any(flag.value for flag in group.filled):  # every call comes by here
-            return
-        record = group.records[self.rank][0]
-        if record["filled"]:
-            raise KernelTimeoutError(
-                rank=int(record["rank"]),
-                block=int(record["block"]),
-                role=ROLES[record["role"]],
-                waiting_for=AWAITS[record["what"]].format(detail=int(record["detail"])),
-                expected=int(record["expected"]),
-                seen=int(record["seen"]),
-            )
-        late = [f"a wait of rank {rank} passed its deadline." for rank, flag in enumerate(group.filled) if flag.value]
-        if late and not group.failure:
-            raise CommError(f"The communicator has failed: {late[0]} Call reset() on every rank.")
-        group.require_sound()
-
-    def _require_open(self) -> None:
-        if self._group.closed:
-            self._group.require_sound()
-
-
-def _reason(error: BaseException) -> str:
-    """An error in one line, which ends with a full stop."""
-    text = f"{type(error).__name__}: {error}".splitlines()[0].strip().rstrip(":.")
-    return f"{text}."
 
 
 class _Token:
@@ -385,7 +291,7 @@ _communicators: weakref.WeakSet[Communicator] = weakref.WeakSet()
 def _after_fork() -> None:
     """In the child: a thread that was in a call is not here."""
     for communicator in list(_communicators):
-        communicator.renew_locks()
+        communicator.lock = threading.RLock()
         communicator._inside = _nothing
 
 

@@ -99,14 +99,14 @@ class CudaKernel:
 
     Attributes:
         compiled: what the cache says of it.
-        module: CuPy's function, which keeps the code loaded.
+        function: CuPy's, which keeps the code loaded.
         shape: what its launches need.
         config: how it is launched.
         max_workers: blocks that are resident at the same time on the whole GPU: whole clusters.
     """
 
     compiled: CompiledKernel
-    module: Any
+    function: Any
     shape: LaunchShape
     config: LaunchConfig
     max_workers: int
@@ -163,31 +163,35 @@ class CudaTarget:
         return cupy.cuda.Device(self.number)
 
     def load(self, compiled: CompiledKernel, shape: LaunchShape) -> CudaKernel:
-        threads, shared_bytes, cluster = shape.threads, shape.shared_bytes, shape.cluster
         with self._here():
-            function = self._function(compiled)
-            if shared_bytes:
-                function.max_dynamic_shared_size_bytes = shared_bytes
-            resident = self._resident(compiled.name, function.kernel.ptr, shape)
+            function = self._function(compiled, shape.shared_bytes)
+            resident = self._resident(compiled.name, function.ptr, shape)
         if resident < 1:
             raise UnsupportedError(
-                f"{compiled.name} does not fit {self.device}: {threads} threads, {compiled.registers} registers, "
-                f"{shared_bytes} bytes of shared memory per block."
+                f"{compiled.name} does not fit {self.device}: {shape.threads} threads, {compiled.registers} registers, "
+                f"{shape.shared_bytes} bytes of shared memory per block."
             )
         # Cooperative: the driver starts all blocks or none. Not where ranks share a GPU: what the stream of one runs before its
         # launch, such as the clearing after reset(), may find no room beside another's cooperative launch.
-        cooperative = shape.waiting and self.ranks_here == 1
         config = LaunchConfig(
-            compiled.name, function.kernel.ptr, threads, shared_bytes, cluster=cluster, cooperative=cooperative
+            compiled.name,
+            function.ptr,
+            shape.threads,
+            shape.shared_bytes,
+            cluster=shape.cluster,
+            cooperative=shape.waiting and self.ranks_here == 1,
         )
         return CudaKernel(compiled, function, shape, config, resident)
 
-    def _function(self, compiled: CompiledKernel) -> Any:
+    def _function(self, compiled: CompiledKernel, shared_bytes: int) -> Any:
+        """The kernel on the current GPU: CuPy loads a module on each where it is used."""
         import cupy
 
         try:
-            with self._here():
-                return cupy.RawModule(path=str(compiled.path)).get_function(compiled.name)
+            kernel = cupy.RawModule(path=str(compiled.path)).get_function(compiled.name)
+            if shared_bytes:
+                kernel.max_dynamic_shared_size_bytes = shared_bytes
+            return kernel.kernel
         except cupy.cuda.driver.CUDADriverError as error:
             raise FlashMoEError(f"The kernel {compiled.path} cannot be loaded on {self.device}: {error}") from error
 
@@ -205,8 +209,9 @@ class CudaTarget:
         _ = self._narrow
 
     def reaches(self, other: Target) -> str:
-        same = (self.name, self.device) == (other.name, other.device)
-        return "" if same else f"kernels on {self.device} cannot use the memory of {other.device}"
+        if (self.name, self.device) == (other.name, other.device):
+            return ""
+        return f"The communicator's layers run on {other.device}; this one would run on {self.device}."
 
     def processors(self, kernel: Any) -> int:
         # Every block must be resident: they wait for each other.
@@ -279,7 +284,10 @@ class CudaTarget:
             return
         with self._here():
             if not self._thread.bound:
-                self._runtime.memGetInfo()  # may be called while a stream captures
+                import cupy
+
+                if not cupy.cuda.driver.ctxGetCurrent():
+                    cupy.cuda.runtime.memGetInfo()
                 self._thread.bound = True
             config.launch(parameters, blocks, stream.ptr)
 

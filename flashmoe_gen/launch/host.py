@@ -137,9 +137,6 @@ class HostTarget:
     def load_helpers(self) -> None:
         _launcher()
 
-    def reaches(self, other: Target) -> str:
-        return "" if other.name == self.name else f"kernels on {self.device} cannot use the memory of {other.device}"
-
     def processors(self, kernel: Any) -> int:
         return _cores(self.ranks_here)
 
@@ -221,6 +218,11 @@ class HostTarget:
 
     def forget(self) -> None:
         pass
+
+    def reaches(self, other: Target) -> str:
+        if (self.name, self.device) == (other.name, other.device):
+            return ""
+        return f"The communicator's layers run on {other.device}; this one would run on {self.device}."
 
     def synchronize(self) -> None:
         pass

@@ -130,9 +130,6 @@ class Target(Protocol):
     def load_helpers(self) -> None:
         """Build and load the small programs beside the kernels, so that no call has to."""
 
-    def reaches(self, other: Target) -> str:
-        """``""`` when kernels of this target can use the other's memory, else why not."""
-
     def processors(self, kernel: Kernel) -> int:
         """Processors of one rank's MoE launch: threads (host), clusters of blocks (GPU)."""
 
@@ -187,6 +184,9 @@ class Target(Protocol):
 
     def forget(self) -> None:
         """Let go of everything that :meth:`keep` and :meth:`prepare` hold; nothing may run any more."""
+
+    def reaches(self, other: Target) -> str:
+        """``""`` when kernels of this target can use the other target's memory, else the reason."""
 
     def synchronize(self) -> None:
         """Wait until nothing launched before still runs."""

@@ -29,8 +29,8 @@ class MmaProgram(BlockProgram):
     parts = (
         *PTX, "gpu/platform.cuh", "common/constants.cuh", "gpu/element.cuh", "common/element.cuh",
         "common/rows.cuh", "common/args.cuh", "common/bias.cuh", "common/activation.cuh",
-        *PROTOCOL, "sm80/finished.cuh", "mma/products.cuh",
-        "sm80/pipeline.cuh", "sm80/party.cuh", "sm80/tasks.cuh", "sm80/moe_block.cuh",
+        *PROTOCOL, "gpu/finished.cuh", "gpu/epilogue.cuh", "mma/products.cuh", "mma/pipeline.cuh", "gpu/party.cuh",
+        "mma/tasks.cuh", "mma/moe_block.cuh",
     )  # fmt: skip
 
     def default_tile(self, spec: MoESpec, arch: Arch) -> TileConfig:

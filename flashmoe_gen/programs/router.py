@@ -59,14 +59,14 @@ _ROUTERS = {
     "c++": RouterProgram(
         (
             "host/runtime.h", "host/platform.h", "router/constants.cuh", "host/element.h", "common/element.cuh",
-            "common/args.cuh", "router/select.cuh", "host/gemm.h", "host/router_block.h",
+            "common/args.cuh", "router/select.cuh", "host/gemm.h", "router/host_block.h",
         ),
         RouterPlan(block_tokens=32, block_experts=0, threads=0, shared_bytes=0),
     ),
     "nvrtc": RouterProgram(
         (
-            *PTX, "gpu/platform.cuh", "router/constants.cuh", "gpu/element.cuh", "common/element.cuh",
-            "common/args.cuh", "router/select.cuh", "sm80/router_block.cuh",
+            *PTX, "gpu/platform.cuh", "router/constants.cuh", "gpu/element.cuh", "common/element.cuh", "common/args.cuh",
+            "router/select.cuh", "router/gpu_products.cuh", "router/gpu_narrow.cuh", "router/gpu_wide.cuh", "router/gpu_block.cuh",
         ),
         # One fragment of the matrix units; six stages of 64 + 64 rows of 128 bytes, which every GPU has room for.
         RouterPlan(block_tokens=16, block_experts=8, threads=8 * WARP, shared_bytes=6 * 128 * 128),

@@ -48,8 +48,8 @@ class WgmmaProgram(BlockProgram):
     parts = (
         *PTX, "gpu/platform.cuh", "common/constants.cuh", "gpu/element.cuh", "common/element.cuh",
         "common/rows.cuh", "common/args.cuh", "common/bias.cuh", "common/activation.cuh",
-        *PROTOCOL, "sm80/finished.cuh", "sm90/pipeline.cuh",
-        "sm80/party.cuh", "sm90/loads.cuh", "sm90/tasks.cuh", "sm90/moe_block.cuh",
+        *PROTOCOL, "gpu/finished.cuh", "gpu/epilogue.cuh", "wgmma/pipeline.cuh", "wgmma/products.cuh",
+        "gpu/party.cuh", "wgmma/loads.cuh", "wgmma/tasks.cuh", "wgmma/moe_block.cuh",
     )  # fmt: skip
 
     def default_tile(self, spec: MoESpec, arch: Arch) -> TileConfig:

@@ -22,9 +22,11 @@ DEVICE Element from_acc(Acc value) { return value; }
 struct Pair {
   u32 bits;
 };
-DEVICE Pair pair_of(Acc first, Acc second) {
-  return Pair{${"cvt_rn_bf16x2_f32" if spec.dtype == "bfloat16" else "cvt_rn_f16x2_f32"}(second, first)};
-}
+//%   if spec.dtype == "bfloat16"
+DEVICE Pair pair_of(Acc first, Acc second) { return Pair{cvt_rn_bf16x2_f32(second, first)}; }
+//%   else
+DEVICE Pair pair_of(Acc first, Acc second) { return Pair{cvt_rn_f16x2_f32(second, first)}; }
+//%   endif
 //% else
 struct alignas(2 * sizeof(Element)) Pair {
   Element first, second;

@@ -134,9 +134,15 @@ DEVICE void load_columns(ColumnFragment& b, const Place<kRowBytes>& place, u32 t
   round_operands(b.value[0]);
   round_operands(b.value[1]);
 }
-//% set instruction = {"bfloat16": "mma_m16n8k16_bf16", "float16": "mma_m16n8k16_f16", "float32": "mma_m16n8k8_tf32"}[spec.dtype]
+//%   if spec.dtype == "bfloat16"
+DEVICE void multiply_step(Accumulator& c, const u32 (&a)[4], const u32 (&b)[2]) { mma_m16n8k16_bf16(c, a, b[0], b[1]); }
+//%   elif spec.dtype == "float16"
+DEVICE void multiply_step(Accumulator& c, const u32 (&a)[4], const u32 (&b)[2]) { mma_m16n8k16_f16(c, a, b[0], b[1]); }
+//%   else
+DEVICE void multiply_step(Accumulator& c, const u32 (&a)[4], const u32 (&b)[2]) { mma_m16n8k8_tf32(c, a, b[0], b[1]); }
+//%   endif
 template <int kAtom>
 DEVICE void multiply(Accumulator& c, const RowFragment& a, const ColumnFragment& b) {
-  ${instruction}(c, a.value, b.value[kAtom][0], b.value[kAtom][1]);
+  multiply_step(c, a.value, b.value[kAtom]);
 }
 //% endif

@@ -237,6 +237,6 @@ def test_a_rank_that_never_calls_meets_the_deadline(way: str, monkeypatch: pytes
     with pytest.raises(fmg.CommError, match="rank 0"):
         ranks.layers[1].check()
     monkeypatch.setenv("FLASHMOE_TIMEOUT_S", "20")
-    ranks.comms[0]._group.clear()
+    ranks.comms[0]._transport.clear()
     for y, part in zip(ranks.run(problem, case), case):
         assert_close(problem, part, y, BOUNDS[way])

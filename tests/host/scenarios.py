@@ -98,7 +98,7 @@ class Scenario:
 
     def reset(self) -> None:
         """Start afresh after a failed run (all ranks at once: nothing is in flight)."""
-        self.worlds[0][0].comms[0]._group.clear()
+        self.worlds[0][0].comms[0]._transport.clear()
 
 
 def standard() -> list[Scenario]:

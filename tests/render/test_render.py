@@ -143,19 +143,6 @@ def test_every_template_is_used() -> None:
     assert used == there
 
 
-def test_no_jinja_condition_inside_a_function_body() -> None:
-    for path in template_dir().rglob("*"):
-        if not path.is_file():
-            continue
-        depth = 0
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            if re.match(r"\s*//%\s*(if|elif|else|endif)", line):
-                assert depth == 0, f"{path.name}:{number}: a Jinja condition inside braces"
-            elif not line.lstrip().startswith(("//", "#")):
-                code = re.sub(r"\$\{[^}]*\}\}?|\"[^\"]*\"|'.'|//.*", "", line)
-                depth += code.count("{") - code.count("}")
-
-
 def test_an_undefined_name_in_a_template_is_an_error() -> None:
     with pytest.raises(Exception, match="undefined"):
         environment().from_string("${nothing}").render()

@@ -23,8 +23,8 @@ struct Staging {
   static_assert(kStride % 16 == 0 && kBlockM * kStride <= kWorkBytes);
   char* bytes;
 
-  DEVICE void put(int row, int column, Acc first, Acc second) const {
-    *reinterpret_cast<Pair*>(bytes + row * kStride + column * int(sizeof(Element))) = pair_of(first, second);
+  DEVICE void put(int row, int column, Pair pair) const {
+    *reinterpret_cast<Pair*>(bytes + row * kStride + column * int(sizeof(Element))) = pair;
   }
   // Columns [first, first + kColumns) of `rows` rows, as far as a row of kWidth reaches.
   template <int kWidth, class To>
@@ -77,8 +77,7 @@ DEVICE void gemm1_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums
         const Acc weight = kWeightOnInput ? Acc(slot.weight[row]) : Acc(1);
         const Acc* const gate = &sums.atom[m][n][half * 2];
         const Acc* const up = &sums.atom[m][n + kAtoms - 1][half * 2];
-        staging.put(row, column, intermediate_element(gate[0], up[0], gate_bias[0], up_bias[0], weight),
-                    intermediate_element(gate[1], up[1], gate_bias[1], up_bias[1], weight));
+        staging.put(row, column, intermediate_pair(gate, up, gate_bias, up_bias, weight));
       }
     }
   }
@@ -91,10 +90,10 @@ DEVICE void gemm1_tile(const Call& call, const TaskSlot& slot, char* work) {
   const Span span(call, Work::gemm1, threadIdx.x == 0, task.serial, task.column);
   const int rows = int(task.block.rows);
   const int first = int(task.column) * kIntermediateColumns;
-  const RowLoader row_loader(args.x, [&](int r) { return r < rows ? slot.row[r] : nullptr; });
-  const WeightLoader column_loader = gemm1_weights(args, task.block.expert_slot, first);
+  const RowLoader tokens(args.x, [&](int r) { return r < rows ? slot.row[r] : nullptr; });
+  const WeightLoader weights = gemm1_weights(args, task.block.expert_slot, first);
   Sums sums;
-  multiply_tile<kHidden>(sums, row_loader, column_loader, shared_address(work), [](int) {});
+  multiply_tile<kHidden>(sums, tokens, weights, shared_address(work), [](int) {});
   const Staging<kIntermediateColumns> staging{work};
   gemm1_epilogue(args, slot, sums, staging);
   sync_mma();
@@ -123,8 +122,7 @@ DEVICE void gemm2_epilogue(const MoEArgs& args, const Task& task, const float* w
       for (int half = 0; half < 2; ++half) {
         const int row = Sums::first_row() + m * 16 + half * 8 + lane / 4;
         const Acc weight = kWeightOnRow ? Acc(weights[row]) : Acc(1);
-        const Acc* const sum = &sums.atom[m][n][half * 2];
-        staging.put(row, column, row_element(sum[0], bias[0], weight), row_element(sum[1], bias[1], weight));
+        staging.put(row, column, row_pair(&sums.atom[m][n][half * 2], bias, weight));
       }
   }
 }
@@ -137,12 +135,12 @@ DEVICE void gemm2_tile(const Call& call, const TaskSlot& slot, char* work) {
   const int rows = int(task.block.rows);
   const int first = int(task.column) * kBlockN;
   const char* const block = reinterpret_cast<const char*>(intermediate_row(call, task.serial, 0));
-  const RowLoader row_loader(block, [&](int r) { return r < rows ? block + r * kMiddleRowBytes : nullptr; });
-  const WeightLoader column_loader(row_at(args.down, task.block.expert_slot, args.down_expert_stride), args.down_row_stride,
+  const RowLoader tokens(block, [&](int r) { return r < rows ? block + r * kMiddleRowBytes : nullptr; });
+  const WeightLoader weights(row_at(args.down, task.block.expert_slot, args.down_expert_stride), args.down_row_stride,
                                    first + int(loader_row()), kRowsPerPass, kHidden);
   FinishedTiles finished{call, task.serial};
   Sums sums;
-  multiply_tile<kIntermediate>(sums, row_loader, column_loader, shared_address(work), [&](int step) {
+  multiply_tile<kIntermediate>(sums, tokens, weights, shared_address(work), [&](int step) {
     const int begin = step * kBlockK, end = begin + kBlockK < kIntermediate ? begin + kBlockK : kIntermediate;
     for (int part = begin / kPartColumns; part * kPartColumns < end; ++part) finished.wait(u32(part));
   });

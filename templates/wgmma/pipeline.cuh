@@ -12,12 +12,27 @@ constexpr int kConsumerThreads = kConsumers * 128;
 constexpr int kThreads = ${plan.threads};
 static_assert(kThreads == 128 + kConsumerThreads);
 
-constexpr int kRowBytes = kBlockK * int(sizeof(Element));
-constexpr u32 kRowStageBytes = kBlockM * kRowBytes;
-constexpr u32 kWeightStageBytes = kBlockN * kRowBytes;
-constexpr u32 kStageBytes = kRowStageBytes + kWeightStageBytes;
-static_assert(kRowBytes == 128 && kStageBytes == ${plan.stage_bytes});
-static_assert(kRowStageBytes % 1024 == 0 && kStageBytes % 1024 == 0, "the swizzle is a function of the address");
+constexpr int kRowBytes = kBlockK * int(sizeof(Element));  // of a stage, in both operands
+static_assert(kRowBytes == 128);
+
+// Operands by role, and where the tile of each is in a stage.
+struct TokenOperand {  // rows of the M-block
+  static constexpr bool kTokens = true;
+  static constexpr int kRows = kBlockM;
+  static constexpr u32 kAt = 0, kBytes = kRows * kRowBytes;
+};
+struct WeightOperand {  // rows of the expert's matrix: columns of the result
+  static constexpr bool kTokens = false;
+  static constexpr int kRows = kBlockN;
+  static constexpr u32 kAt = TokenOperand::kBytes, kBytes = kRows * kRowBytes;
+};
+constexpr u32 kStageBytes = TokenOperand::kBytes + WeightOperand::kBytes;
+static_assert(kStageBytes == ${plan.stage_bytes});
+static_assert(WeightOperand::kAt % 1024 == 0 && kStageBytes % 1024 == 0, "the swizzle is a function of the address");
+//% set operands = {"tokens": "TokenOperand", "weights": "WeightOperand"}
+using OperandA = ${operands[plan.phases[0].a.matrix]};  // gives the sums their rows, 64 to a warpgroup
+using OperandB = ${operands[plan.phases[0].b.matrix]};  // and their columns
+static_assert(OperandA::kTokens && !OperandB::kTokens, "the epilogues have a token in every row");
 
 constexpr int kWorkBytes = ${plan.work_bytes};  // of dynamic shared memory: the stages, then a patch per consumer warp
 constexpr int kSharedBytes = ${plan.shared_bytes};
@@ -35,7 +50,8 @@ struct Shape {
   static constexpr int kParts = kSplit ? kCluster : 1;  // of the columns
   static constexpr int kStageSteps = kParts;            // k steps in a stage: each takes as much less room
   static constexpr int kStageK = kBlockK * kStageSteps;  // elements of k in a stage
-  static constexpr u32 kStepRowBytes = kRowStageBytes / kParts, kStepWeightBytes = kWeightStageBytes / kParts;  // of one k step
+  template <class Operand>
+  static constexpr u32 kStepBytes = Operand::kBytes / kParts;  // of one k step
   template <int kDepth>
   static constexpr int kSteps = (kDepth + kStageK - 1) / kStageK;  // stages of a tile
 };
@@ -63,8 +79,8 @@ struct Pipeline {
   u32 stages;  // shared-memory addresses
   u32 full_barriers, empty_barriers;
 
-  DEVICE u32 rows(const StageTurn& turn) const { return stages + turn.index * kStageBytes; }
-  DEVICE u32 weights(const StageTurn& turn) const { return rows(turn) + kRowStageBytes; }
+  template <class Operand>
+  DEVICE u32 tile(const StageTurn& turn) const { return stages + turn.index * kStageBytes + Operand::kAt; }
   DEVICE u32 full(const StageTurn& turn) const { return full_barriers + turn.index * 8; }
   DEVICE u32 empty(const StageTurn& turn) const { return empty_barriers + turn.index * 8; }
 
@@ -81,7 +97,7 @@ struct Pipeline {
 };
 
 // ---- Loaders ----
-// Weights by TMA, issued by one thread. load(to, barrier, k) issues this block's part of a k step; kWeightStageBytes arrive here
+// Weights by TMA, issued by one thread. load(to, barrier, k) issues this block's part of a k step; all of the weights arrive here
 // for a stage. near_end() is called kNearEnd stages before the last.
 constexpr int kNearEnd = ${plan.near_end};
 
@@ -93,10 +109,11 @@ DEVICE void load_weights(const Pipeline& pipeline, StageTurn& turn, Load load, N
   for (int step = 0; step < kSteps; ++step) {
     if (step == (kSteps > kNearEnd ? kSteps - kNearEnd : 0)) near_end();
     pipeline.wait_empty(turn);
-    mbarrier_arrive_expect_tx(pipeline.full(turn), kWeightStageBytes);
+    mbarrier_arrive_expect_tx(pipeline.full(turn), WeightOperand::kBytes);
 #pragma unroll
     for (int i = 0; i < Tile::kStageSteps; ++i)
-      load(pipeline.weights(turn) + i * Tile::kStepWeightBytes, pipeline.full(turn), step * Tile::kStageK + i * kBlockK);
+      load(pipeline.tile<WeightOperand>(turn) + i * Tile::template kStepBytes<WeightOperand>, pipeline.full(turn),
+           step * Tile::kStageK + i * kBlockK);
     turn.advance();
   }
 }
@@ -106,7 +123,7 @@ DEVICE void load_weights(const Pipeline& pipeline, StageTurn& turn, Load load, N
 // loads all rows, so the fewer instructions the better. Eight neighbouring lanes write half of row r and half of row r + 4,
 // which lie in different banks. Absent rows hold anything: their sums are not used.
 struct RowGather {
-  static constexpr int kRows = kBlockM / 8;  // of a lane
+  static constexpr int kRows = TokenOperand::kRows / 8;  // of a lane
   static constexpr u32 kNextRows = 8 * kRowBytes;
   u32 lane;
   int count;                // rows that are there
@@ -162,7 +179,8 @@ DEVICE void gather_rows(const Pipeline& pipeline, StageTurn& turn, RowGather& ga
     pipeline.wait_empty(turn);
 #pragma unroll
     for (int i = 0; i < Tile::kStageSteps; ++i)
-      gather.template load<kDepth, Tile::kStageK>(pipeline.rows(turn) + i * Tile::kStepRowBytes, step * Tile::kStageSteps + i);
+      gather.template load<kDepth, Tile::kStageK>(
+          pipeline.tile<TokenOperand>(turn) + i * Tile::template kStepBytes<TokenOperand>, step * Tile::kStageSteps + i);
     cp_async_commit_group();
     turn.advance();
     if (step < kLanding) continue;
@@ -172,68 +190,4 @@ DEVICE void gather_rows(const Pipeline& pipeline, StageTurn& turn, RowGather& ga
   cp_async_wait_group<0>();
 #pragma unroll 1
   for (int step = kSteps < kLanding ? kSteps : kLanding; step > 0; --step) hand_over();
-}
-
-// ---- Consumers ----
-// The sums of a thread, of the 64 rows of its warpgroup. Warp w has rows 16 w to 16 w + 15; value[4 n + 2 half + i] is row
-// lane / 4 + 8 half, column 8 n + 2 (lane % 4) + i.
-template <bool kSplit>
-struct Sums {
-  static constexpr int kColumns = kBlockN / Shape<kSplit>::kParts;
-  float value[kColumns / 2];
-};
-
-// Matrix Descriptor: 128-byte swizzle, 1024 bytes from 8 rows to the next 8. The leading offset is not used: k fits a line.
-DEVICE u64 descriptor(u32 tile) { return u64(1) << 62 | u64(1024 >> 4) << 32 | u64(1) << 16 | tile >> 4; }
-
-DEVICE u32 consumer() { return threadIdx.x / 128 - 1; }  // warpgroup 0 loads
-
-// In every block of the cluster. Nothing is to be published: the products that read the stage have been waited for.
-DEVICE void release_stage(const Pipeline& pipeline, const StageTurn& turn) {
-  const u32 block = threadIdx.x % 32;
-  if (block < kCluster) mbarrier_arrive_relaxed_cluster(mapa(pipeline.empty(turn), block));
-}
-
-// A warpgroup without rows keeps the barriers in step.
-template <bool kSplit, int kDepth>
-DEVICE void pass_tile(const Pipeline& pipeline, StageTurn& turn) {
-#pragma unroll 1
-  for (int step = 0; step < Shape<kSplit>::template kSteps<kDepth>; ++step) {
-    pipeline.wait_full(turn);
-    __syncwarp();
-    release_stage(pipeline, turn);
-    turn.advance();
-  }
-}
-
-// sums = rows . weights over kDepth elements, k ascending. One step's products run while the next stage is waited for.
-template <bool kSplit, int kDepth>
-DEVICE void multiply_tile(Sums<kSplit>& sums, const Pipeline& pipeline, StageTurn& turn) {
-  using Tile = Shape<kSplit>;
-  const u32 my_rows = consumer() * 64 * kRowBytes;
-  StageTurn before = turn;
-#pragma unroll
-  for (float& value : sums.value) value = 0.0f;  // from a first product that ignores its sums ptxas makes a second copy of them
-#pragma unroll 1
-  for (int step = 0; step < Tile::template kSteps<kDepth>; ++step) {
-    pipeline.wait_full(turn);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < Tile::kStageSteps; ++i) {
-      const u32 rows = pipeline.rows(turn) + my_rows + i * Tile::kStepRowBytes;
-      const u32 weights = pipeline.weights(turn) + i * Tile::kStepWeightBytes;
-#pragma unroll
-      for (int k = 0; k < kRowBytes; k += 32)  // 16 elements of k; the swizzle goes by the address, so a step is just added
-        wgmma_m64k16(sums.value, descriptor(rows + k), descriptor(weights + k));
-    }
-    wgmma_commit_group();
-    wgmma_wait_group<1>();  // the step before has read its stage
-    if (step > 0) release_stage(pipeline, before);
-    before = turn;
-    turn.advance();
-  }
-  wgmma_wait_group<0>();
-  release_stage(pipeline, before);
-#pragma unroll
-  for (float& value : sums.value) asm volatile("" : "+f"(value)::"memory");  // not to be read before the wait above
 }

@@ -54,7 +54,7 @@ DEVICE void load_task_weights(
       // All gate rows, then all up rows: one thread gets gate and up of a column half a tile apart.
       if constexpr (kGated) load_weight_rows<kSplit, kIntermediateColumns>(to, maps.gate, full, k, first, task, policy);
       load_weight_rows<kSplit, kIntermediateColumns>(
-          to + (kGated ? Shape<kSplit>::kStepWeightBytes / 2 : 0), maps.up, full, k, first, task, policy);
+          to + (kGated ? Shape<kSplit>::template kStepBytes<WeightOperand> / 2 : 0), maps.up, full, k, first, task, policy);
     };
     load_weights<kSplit, kHidden>(pipeline, turn, load, near_end);
   } else {
@@ -95,7 +95,7 @@ DEVICE void load_intermediate(const Call& call, const Maps& maps, TaskSlot& slot
       const u32 boxes = (rows + kRingRows - 1) / kRingRows;
       mbarrier_arrive_expect_tx(pipeline.full(turn), boxes * Tile::kStageSteps * kRingRows * kRowBytes);
       for (int i = 0; i < Tile::kStageSteps; ++i) {
-        const u32 to = pipeline.rows(turn) + i * Tile::kStepRowBytes;
+        const u32 to = pipeline.tile<TokenOperand>(turn) + i * Tile::template kStepBytes<TokenOperand>;
         for (u32 row = 0; row < rows; row += kRingRows)
           cp_async_bulk_tensor_3d(to + row * kRowBytes, maps.ring, pipeline.full(turn), begin + i * kBlockK, int(row), place,
                                   createpolicy_evict_normal());

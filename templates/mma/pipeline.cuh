@@ -8,16 +8,31 @@ constexpr u32 kMmaBarrier = 1;               // barrier 0 is __syncthreads()
 constexpr int kThreads = ${plan.threads};
 static_assert(kThreads == kMmaThreads + 32);
 
-constexpr int kRowBytes = kBlockK * int(sizeof(Element));  // of a stage
+// ---- Operands: by role, and where the tile of each is in a stage ----
+constexpr int kRowBytes = kBlockK * int(sizeof(Element));  // of a stage, in both operands
+struct TokenOperand {  // rows of the M-block
+  static constexpr bool kTokens = true;
+  static constexpr int kRows = kBlockM;
+  static constexpr u32 kAt = 0, kBytes = kRows * kRowBytes;
+};
+struct WeightOperand {  // rows of the expert's matrix: columns of the result
+  static constexpr bool kTokens = false;
+  static constexpr int kRows = kBlockN;
+  static constexpr u32 kAt = TokenOperand::kBytes, kBytes = kRows * kRowBytes;
+};
+constexpr u32 kStageBytes = TokenOperand::kBytes + WeightOperand::kBytes;
+static_assert(kStageBytes == ${plan.stage_bytes});
+//% set operands = {"tokens": "TokenOperand", "weights": "WeightOperand"}
+using OperandA = ${operands[plan.phases[0].a.matrix]};  // gives the sums their rows
+using OperandB = ${operands[plan.phases[0].b.matrix]};  // and their columns
+static_assert(OperandA::kTokens && !OperandB::kTokens, "the epilogues have a token in every row");
+
 constexpr int kChunks = kRowBytes / 16;
 constexpr int kRowsPerPass = kMmaThreads / kChunks;  // one 16-byte chunk per thread and pass
-constexpr u32 kRowStageBytes = kBlockM * kRowBytes;
-constexpr u32 kStageBytes = kRowStageBytes + kBlockN * kRowBytes;
-static_assert(kStageBytes == ${plan.stage_bytes});
 static_assert(kRowsPerPass % 16 == 0, "all rows of a thread have one swizzle, and are all gate or all up");
 
-constexpr int kAtomsM = kBlockM / kWarpsM / 16;  // of one warp
-constexpr int kAtomsN = kBlockN / kWarpsN / 8;
+constexpr int kAtomsM = OperandA::kRows / kWarpsM / 16;  // of one warp
+constexpr int kAtomsN = OperandB::kRows / kWarpsN / 8;
 static_assert(kAtomsN % 2 == 0);
 
 DEVICE void sync_mma() { bar_sync(kMmaBarrier, kMmaThreads); }
@@ -40,7 +55,7 @@ DEVICE bool inside_row(int step) {
 
 // Rows anywhere in memory; absent ones are zeros in shared memory.
 struct RowLoader {
-  static constexpr int kPasses = (kBlockM + kRowsPerPass - 1) / kRowsPerPass;
+  static constexpr int kPasses = (TokenOperand::kRows + kRowsPerPass - 1) / kRowsPerPass;
   static_assert(kPasses <= 32);
   const char* from[kPasses];
   u32 present = 0;  // bit per pass
@@ -50,7 +65,7 @@ struct RowLoader {
   DEVICE RowLoader(const void* anywhere, Locate locate) {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      const void* const start = has_row<kBlockM>(pass) ? locate(int(loader_row()) + pass * kRowsPerPass) : nullptr;
+      const void* const start = has_row<TokenOperand::kRows>(pass) ? locate(int(loader_row()) + pass * kRowsPerPass) : nullptr;
       present |= u32(start != nullptr) << pass;
       from[pass] = static_cast<const char*>(start != nullptr ? start : anywhere) + loader_byte();
     }
@@ -60,17 +75,17 @@ struct RowLoader {
     const bool inside = inside_row<kDepth>(step);
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      if (!has_row<kBlockM>(pass)) continue;
+      if (!has_row<TokenOperand::kRows>(pass)) continue;
       const bool wanted = inside && (present >> pass & 1) != 0;
       const char* const source = from[pass] + (wanted ? step * kRowBytes : 0);
-      cp_async_16(stage + loader_place() + pass * kRowsPerPass * kRowBytes, source, wanted ? 16 : 0);
+      cp_async_16(stage + TokenOperand::kAt + loader_place() + pass * kRowsPerPass * kRowBytes, source, wanted ? 16 : 0);
     }
   }
 };
 
 // Rows of a weight matrix: pass p reads row first + p * step, absent from row `count` on.
 struct WeightLoader {
-  static constexpr int kPasses = (kBlockN + kRowsPerPass - 1) / kRowsPerPass;
+  static constexpr int kPasses = (WeightOperand::kRows + kRowsPerPass - 1) / kRowsPerPass;
   const char* from;
   long long pass_bytes;
   int present;  // leading passes
@@ -83,11 +98,11 @@ struct WeightLoader {
   template <int kDepth>
   DEVICE void load(u32 stage, int step) const {
     const bool inside = inside_row<kDepth>(step);
-    const u32 to = stage + kRowStageBytes + loader_place();
+    const u32 to = stage + WeightOperand::kAt + loader_place();
     const char* source = from + step * kRowBytes;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      if (!has_row<kBlockN>(pass)) continue;
+      if (!has_row<WeightOperand::kRows>(pass)) continue;
       const bool wanted = inside && pass < present;
       cp_async_16(to + pass * kRowsPerPass * kRowBytes, wanted ? source : from, wanted ? 16 : 0);
       source += pass_bytes;  // a running sum: as separate addresses the passes would cost two registers each
@@ -112,17 +127,17 @@ struct Sums {
   }
 };
 
-template <class RowPlace, class ColumnPlace>
-DEVICE void multiply_stage(Sums& sums, u32 rows, u32 columns, const RowPlace& row_place, const ColumnPlace& column_place) {
+template <class PlaceA, class PlaceB>
+DEVICE void multiply_stage(Sums& sums, u32 tile_a, u32 tile_b, const PlaceA& place_a, const PlaceB& place_b) {
 #pragma unroll kUnrolledSteps
   for (int step = 0; step < kRowBytes; step += kStepBytes) {
     RowFragment a[kAtomsM];
 #pragma unroll
-    for (int m = 0; m < kAtomsM; ++m) load_rows(a[m], row_place, rows, m * 16, step);
+    for (int m = 0; m < kAtomsM; ++m) load_rows(a[m], place_a, tile_a, m * 16, step);
 #pragma unroll
     for (int n = 0; n < kAtomsN; n += 2) {
       ColumnFragment b;
-      load_columns(b, column_place, columns, n * 8, step);
+      load_columns(b, place_b, tile_b, n * 8, step);
 #pragma unroll
       for (int m = 0; m < kAtomsM; ++m) {
         multiply<0>(sums.atom[m][n], a[m], b);
@@ -132,17 +147,17 @@ DEVICE void multiply_stage(Sums& sums, u32 rows, u32 columns, const RowPlace& ro
   }
 }
 
-// sums = rows . columns over kDepth elements. ready(step) returns when the row chunks of a step may be read; the columns are
-// weights, which nobody has to wait for. All MMA threads call this; the stages are free again when it returns.
+// sums = A . B over kDepth elements. ready(step) returns when the token chunks of a step may be read; for weights nobody has to
+// wait. All MMA threads call this; the stages are free again when it returns.
 template <int kDepth, class Ready>
-DEVICE void multiply_tile(Sums& sums, const RowLoader& rows, const WeightLoader& columns, u32 stages, Ready ready) {
+DEVICE void multiply_tile(Sums& sums, const RowLoader& tokens, const WeightLoader& weights, u32 stages, Ready ready) {
   constexpr int kSteps = (kDepth + kBlockK - 1) / kBlockK;
   const auto load = [&](int step, u32 slot) {
     if (step < kSteps) {
       const u32 stage = stages + slot * kStageBytes;
-      columns.template load<kDepth>(stage, step);
+      weights.template load<kDepth>(stage, step);
       ready(step);
-      rows.template load<kDepth>(stage, step);
+      tokens.template load<kDepth>(stage, step);
     }
     cp_async_commit_group();  // an empty group too: wait_group counts
   };
@@ -150,17 +165,17 @@ DEVICE void multiply_tile(Sums& sums, const RowLoader& rows, const WeightLoader&
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) load(step, step);
   const u32 lane = threadIdx.x % 32;
-  const auto row_lane = row_place<kRowBytes>(lane);
-  const auto column_lane = column_place<kRowBytes>(lane);
-  const u32 row_tile = stages + Sums::first_row() * kRowBytes;
-  const u32 column_tile = stages + kRowStageBytes + Sums::first_column() * kRowBytes;
+  const auto place_a = row_place<kRowBytes>(lane);
+  const auto place_b = column_place<kRowBytes>(lane);
+  const u32 tile_a = stages + OperandA::kAt + Sums::first_row() * kRowBytes;
+  const u32 tile_b = stages + OperandB::kAt + Sums::first_column() * kRowBytes;
   u32 slot = 0;
 #pragma unroll 1
   for (int step = 0; step < kSteps; ++step) {
     cp_async_wait_group<kStages - 2>();  // my part of this step is here
     sync_mma();                          // so is everyone's, and nobody reads the slot that the next load fills
     load(step + kStages - 1, slot == 0 ? kStages - 1 : slot - 1);
-    multiply_stage(sums, row_tile + slot * kStageBytes, column_tile + slot * kStageBytes, row_lane, column_lane);
+    multiply_stage(sums, tile_a + slot * kStageBytes, tile_b + slot * kStageBytes, place_a, place_b);
     slot = slot == kStages - 1 ? 0 : slot + 1;
   }
   cp_async_wait_group<0>();

@@ -110,16 +110,12 @@ DEVICE void gemm1_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums
   const int lane = int(threadIdx.x % 32);
   const float weight[2] = {slot.weight[first_row() + lane / 4], slot.weight[first_row() + lane / 4 + 8]};
   const auto make_pair = [&](int column, int index, int half) {
-    Acc gate_bias[2] = {}, up_bias[2] = {}, value[2];
+    Acc gate_bias[2] = {}, up_bias[2] = {};
     patch.read_biases(0, column, up_bias);
     if constexpr (kGated) patch.read_biases(1, column, gate_bias);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float up = sums.value[index + i + (kGated ? Sums<kSplit>::kColumns / 4 : 0)];
-      value[i] = intermediate_element(
-          sums.value[index + i], up, gate_bias[i], up_bias[i], kWeightOnInput ? weight[half] : Acc(1));
-    }
-    return pair_of(value[0], value[1]);
+    const Acc* const gate = &sums.value[index];
+    return intermediate_pair(gate, gate + (kGated ? Sums<kSplit>::kColumns / 4 : 0), gate_bias, up_bias,
+                             kWeightOnInput ? weight[half] : Acc(1));
   };
   const Biases biases[] = {Biases(args.up_bias, args.up_bias_expert_stride, args.up_bias_stride, slot),
                            Biases(args.gate_bias, args.gate_bias_expert_stride, args.gate_bias_stride, slot)};
@@ -149,8 +145,7 @@ DEVICE void gemm2_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums
   const auto make_pair = [&](int column, int index, int half) {
     Acc bias[2] = {};
     patch.read_biases(0, column, bias);
-    const Acc factor = kWeightOnRow ? weight[half] : Acc(1);
-    return pair_of(row_element(sums.value[index], bias[0], factor), row_element(sums.value[index + 1], bias[1], factor));
+    return row_pair(&sums.value[index], bias, kWeightOnRow ? weight[half] : Acc(1));
   };
   const Biases biases[] = {Biases(args.down_bias, args.down_bias_expert_stride, args.down_bias_stride, slot)};
   store_tile<Sums<kSplit>::kColumns, kHidden, 1>(patch, slot, first, biases, make_pair);
