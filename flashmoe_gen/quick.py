@@ -44,17 +44,22 @@ class Matrix:
     def _looked_at(self, array: Any, rows: int | None) -> arrays.View | None:
         """A view of what is known to be right; nothing where there is any doubt."""
         library = _library_of(type(array))  # type: ignore[arg-type]
-        if not library:
+        if library == "cupy":
+            data, owner = array.data, array
+            if array.strides != self._byte_strides or array.dtype != self._numpy or data.device_id != self._number:
+                return None
+            pointer, shape = data.ptr, array.shape
+        elif library == "torch" and (found := self._of_torch(array)) is not None:
+            pointer, shape, owner = found
+        else:
             return None
-        found = self._of_torch(array) if library == "torch" else self._of_cupy(array)
-        if found is None:
-            return None
-        pointer, shape, owner = found
         if len(shape) != 2 or shape[1] != self._columns or rows not in (None, shape[0]):
             return None
         if not pointer or pointer % self._alignment:
             return None
-        return arrays.View(pointer, shape, self._strides, self._dtype, "", self._device, owner)
+        # What View(...) makes, without the Python function in between.
+        fields = pointer, shape, self._strides, self._dtype, "", self._device, owner, None
+        return tuple.__new__(arrays.View, fields)
 
     def _of_torch(self, tensor: Any) -> tuple[int, tuple[int, ...], object] | None:
         """Address, shape and owner of contiguous memory of the dtype on the device."""
@@ -71,12 +76,6 @@ class Matrix:
             return tensor.data_ptr(), tensor.shape, (tensor, tensor.untyped_storage())
         except (RuntimeError, ValueError):  # such as under vmap
             return None
-
-    def _of_cupy(self, array: Any) -> tuple[int, tuple[int, ...], object] | None:
-        data = array.data
-        if array.strides != self._byte_strides or array.dtype != self._numpy or data.device_id != self._number:
-            return None
-        return data.ptr, array.shape, array
 
 
 @functools.lru_cache

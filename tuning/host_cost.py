@@ -23,6 +23,21 @@ from flashmoe_gen.launch.cuda import device_name, driver_version
 SAMPLES, CALLS = 40, 20
 
 
+def torch_calls(layer: Any, case: Any, experts: Any, out: Any) -> dict[str, Callable[[], Any]]:
+    """The same call with torch's arrays, where torch is installed: int64 ids, as its topk gives them, take one kernel more."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    (x, ids, weights), y = map(torch.from_dlpack, case), torch.from_dlpack(out)
+    held = fmg.Experts(**{name: torch.from_dlpack(a) for name, a in experts._arrays.items() if a is not None})
+    wide = ids.long()
+    return {
+        "torch": lambda: layer(x, ids, weights, held, out=y),
+        "torch with int64 ids": lambda: layer(x, wide, weights, held, out=y),
+    }
+
+
 def main() -> None:
     """Measure and print."""
     spec = fmg.MoESpec.preset("qwen3-30b-a3b", max_tokens=8, num_experts=16)
@@ -71,7 +86,8 @@ def main() -> None:
         "comm": cost(communicate),
         "launch": cost(lambda: target.launch(kernel, prepared, blocks, stream)),
     }
-    medians = {name: part["median"] for name, part in parts.items()}
+    parts |= {f"call, {name}": cost(call) for name, call in torch_calls(layer, case, experts, out).items()}
+    medians = {name: parts[name]["median"] for name in ("call", "pack", "comm", "launch")}
     launches = {
         "cuda.bindings": cost(lambda: config.launch(prepared.parameters, blocks, stream.ptr)),
         "cupy": cost(launch_with_cupy),
