@@ -54,7 +54,7 @@ def main() -> None:
     def launch_with_cupy() -> None:
         shape = kernel.shape
         arguments = (prepared.args[0], *prepared._beside)
-        kernel.module.kernel((blocks,), (shape.threads,), arguments, shape.shared_bytes, stream, config.cooperative)
+        kernel.function((blocks,), (shape.threads,), arguments, shape.shared_bytes, stream, config.cooperative)
 
     raw: Any = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
     raw.argtypes = [ctypes.c_void_p] * 4

@@ -99,14 +99,14 @@ class CudaKernel:
 
     Attributes:
         compiled: what the cache says of it.
-        module: CuPy's function, which keeps the code loaded.
+        function: CuPy's, which keeps the code loaded.
         shape: what its launches need.
         config: how it is launched.
         max_workers: blocks that are resident at the same time on the whole GPU: whole clusters.
     """
 
     compiled: CompiledKernel
-    module: Any
+    function: Any
     shape: LaunchShape
     config: LaunchConfig
     max_workers: int
@@ -132,6 +132,7 @@ class CudaTarget:
 
     name = "cuda"
     synchronous = False
+    readable = False
     system_workers = 1  # the block of scheduler and subscriber
 
     def __init__(self, max_blocks: int | None = None, ranks_here: int = 1) -> None:
@@ -147,6 +148,7 @@ class CudaTarget:
         self.max_blocks, self.ranks_here = max_blocks, ranks_here
         self.number = int(device.id)
         self.device = f"cuda:{self.number}"
+        self._runtime, self._current_stream = cupy.cuda.runtime, cupy.cuda.get_current_stream
         self._thread = _Thread()
         self._maps = TensorMaps()
         self._kept: deque[tuple[Any, tuple[Any, ...]]] = deque()  # events, and what must live until they are past
@@ -161,31 +163,35 @@ class CudaTarget:
         return cupy.cuda.Device(self.number)
 
     def load(self, compiled: CompiledKernel, shape: LaunchShape) -> CudaKernel:
-        threads, shared_bytes, cluster = shape.threads, shape.shared_bytes, shape.cluster
         with self._here():
-            function = self._function(compiled)
-            if shared_bytes:
-                function.max_dynamic_shared_size_bytes = shared_bytes
-            resident = self._resident(compiled.name, function.kernel.ptr, shape)
+            function = self._function(compiled, shape.shared_bytes)
+            resident = self._resident(compiled.name, function.ptr, shape)
         if resident < 1:
             raise UnsupportedError(
-                f"{compiled.name} does not fit {self.device}: {threads} threads, {compiled.registers} registers, "
-                f"{shared_bytes} bytes of shared memory per block."
+                f"{compiled.name} does not fit {self.device}: {shape.threads} threads, {compiled.registers} registers, "
+                f"{shape.shared_bytes} bytes of shared memory per block."
             )
         # Cooperative: the driver starts all blocks or none. Not where ranks share a GPU: what the stream of one runs before its
         # launch, such as the clearing after reset(), may find no room beside another's cooperative launch.
-        cooperative = shape.waiting and self.ranks_here == 1
         config = LaunchConfig(
-            compiled.name, function.kernel.ptr, threads, shared_bytes, cluster=cluster, cooperative=cooperative
+            compiled.name,
+            function.ptr,
+            shape.threads,
+            shape.shared_bytes,
+            cluster=shape.cluster,
+            cooperative=shape.waiting and self.ranks_here == 1,
         )
         return CudaKernel(compiled, function, shape, config, resident)
 
-    def _function(self, compiled: CompiledKernel) -> Any:
+    def _function(self, compiled: CompiledKernel, shared_bytes: int) -> Any:
+        """The kernel on the current GPU: CuPy loads a module on each where it is used."""
         import cupy
 
         try:
-            with self._here():
-                return cupy.RawModule(path=str(compiled.path)).get_function(compiled.name)
+            kernel = cupy.RawModule(path=str(compiled.path)).get_function(compiled.name)
+            if shared_bytes:
+                kernel.max_dynamic_shared_size_bytes = shared_bytes
+            return kernel.kernel
         except cupy.cuda.driver.CUDADriverError as error:
             raise FlashMoEError(f"The kernel {compiled.path} cannot be loaded on {self.device}: {error}") from error
 
@@ -246,14 +252,12 @@ class CudaTarget:
             return streams.pinned(array)
 
     def stream(self, given: Any, array: Any) -> Any:
-        import cupy
-
         if given is not None:
             return streams.external(given)
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(array, torch.Tensor) and array.is_cuda:
-            return streams.external(torch.cuda.current_stream(array.device).cuda_stream)
-        return cupy.cuda.get_current_stream(self.number)
+            return streams.of_handle(torch.cuda.current_stream(array.device).cuda_stream)
+        return self._current_stream(self.number)
 
     def dlpack_stream(self, stream: Any) -> int:
         return -1 if streams.is_capturing(stream) else stream.ptr or 1  # 1: the legacy default stream
@@ -275,11 +279,15 @@ class CudaTarget:
         self._launch(kernel.config, prepared.parameters, workers, stream)
 
     def _launch(self, config: LaunchConfig, parameters: int, blocks: int, stream: Any) -> None:
+        if self._thread.bound and self._runtime.getDevice() == self.number:
+            config.launch(parameters, blocks, stream.ptr)
+            return
         with self._here():
             if not self._thread.bound:
                 import cupy
 
-                cupy.cuda.runtime.memGetInfo()  # may be called while a stream captures
+                if not cupy.cuda.driver.ctxGetCurrent():
+                    cupy.cuda.runtime.memGetInfo()
                 self._thread.bound = True
             config.launch(parameters, blocks, stream.ptr)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -125,8 +126,8 @@ def test_launches_see_the_struct_as_it_is_then(launched: list[tuple[Any, ...]]) 
     config.launch(prepared.parameters, 3, 0)
     args[0] = 8
     config.launch(prepared.parameters, 3, 99)
-    other = prepared.beside(np.array([9], np.uint32))
-    config.launch(other.parameters, 4, 99)
+    struct.pack_into("I", prepared.bytes, 0, 9)
+    config.launch(prepared.parameters, 4, 99)
     assert launched == [(7, 3, 1, 5, 6), (7, 3, 99, 8, 6), (7, 4, 99, 9, 6)]
     with pytest.raises(fmg.FlashMoEError, match=r"k cannot be launched with 1000 blocks: CUDA_ERROR_INVALID_VALUE"):
         config.launch(prepared.parameters, 1000, 99)
@@ -159,5 +160,83 @@ def test_ranks_of_one_process_share_the_blocks_of_a_gpu(ranks: int, processors: 
 
 def test_targets_say_whose_memory_they_reach() -> None:
     assert HostTarget().reaches(HostTarget(2)) == gpu().reaches(gpu(ranks_here=2)) == ""
-    assert HostTarget().reaches(gpu()) == "kernels on cpu cannot use the memory of cuda:0"
-    assert gpu(1).reaches(gpu()) == "kernels on cuda:1 cannot use the memory of cuda:0"
+    assert "layers run on cuda:0; this one would run on cpu" in HostTarget().reaches(gpu())
+    assert "layers run on cuda:0; this one would run on cuda:1" in gpu(1).reaches(gpu())
+
+
+class FakeCuda:
+    """As much of CuPy as a target uses to load, allocate and launch; notes the device on which each thing happens."""
+
+    def __init__(self) -> None:
+        self.current, self.seen = 0, []
+        fake, self.Function = self, SimpleNamespace(ptr=77)
+
+        class Device:
+            def __init__(self, number: int | None = None) -> None:
+                self.id = fake.current if number is None else number
+                self.attributes, self.compute_capability = {"MultiProcessorCount": 132}, "90"
+
+            def __enter__(self) -> None:
+                self.before, fake.current = fake.current, self.id
+
+            def __exit__(self, *_: object) -> None:
+                fake.current = self.before
+
+        class RawModule:
+            def __init__(self, path: str) -> None:
+                fake.note("load")
+
+            def get_function(self, name: str) -> Any:
+                return SimpleNamespace(kernel=fake.Function)
+
+        runtime = {"getDeviceCount": 2, "deviceSynchronize": None, "memcpy": None, "memset": None}
+        self.RawModule, self.uint8 = RawModule, np.uint8
+        self.cuda = SimpleNamespace(
+            Device=Device,
+            runtime=SimpleNamespace(
+                **{name: self.noting(name, value) for name, value in runtime.items()},
+                memcpyHostToDevice=1, streamIsCapturing=lambda _: 0,
+            ),
+            driver=SimpleNamespace(
+                CUDADriverError=ValueError, ctxGetCurrent=lambda: 1,
+                occupancyMaxActiveBlocksPerMultiprocessor=self.noting("occupancy", 1),
+            ),
+            memory=SimpleNamespace(OutOfMemoryError=MemoryError),
+            get_current_stream=lambda device=0: SimpleNamespace(ptr=device, synchronize=self.noting("stream")),
+        )  # fmt: skip
+
+    def noting(self, what: str, value: Any = None) -> Any:
+        return lambda *_: self.note(what, value)
+
+    def note(self, what: str, value: Any = None) -> Any:
+        self.seen.append((what, self.current))
+        return value
+
+    def zeros(self, count: int, dtype: Any) -> Any:
+        self.note("zeros")
+        return SimpleNamespace(data=SimpleNamespace(ptr=4096))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_everything_happens_on_the_gpu_of_the_target(
+    monkeypatch: pytest.MonkeyPatch, launched: list[tuple[Any, ...]], ranks: int
+) -> None:
+    fake = FakeCuda()
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr("flashmoe_gen.packages.import_cupy", lambda: fake)
+    fake.current = 1
+    target = CudaTarget(ranks_here=ranks)
+    fake.current = 0
+    fake.seen.clear()
+    compiled: Any = SimpleNamespace(path="p", name="k", registers=32)
+    kernel = target.load(compiled, LaunchShape(384, 0, waiting=True))
+    assert attributes(kernel.config) == ({"COOPERATIVE": 1} if ranks == 1 else {})
+    assert attributes(target.load(compiled, LaunchShape(384, 0)).config) == {}
+    assert (target.device, target.arch, target.processors(kernel)) == ("cuda:1", "sm_90a", 132 // ranks - 1)
+    prepared = Prepared(np.array([5], np.uint32), [np.array([6], np.uint32)])
+    target.upload(np.arange(3)).fill(0, 3, 0)
+    target.launch(kernel, prepared, 9, target.stream(None, None))
+    target.synchronize()
+    assert launched == [(77, 9, 1, 5, 6)]
+    assert {device for _, device in fake.seen} == {1} and fake.current == 0
+    assert {what for what, _ in fake.seen} == {"load", "occupancy", "zeros", "stream", "memcpy", "memset", "deviceSynchronize"}
