@@ -225,9 +225,9 @@ def unordered() -> int:
 
 def identity(array: Any) -> Any:
     """Something cheap that is equal as long as an array's view is: its memory may be replaced (``parameter.data = ...``)."""
-    if isinstance(array, np.ndarray):
-        return array.__array_interface__["data"][0], array.shape, array.strides, array.dtype
     library = _library(array)
+    if library == "cupy":
+        return array.data.ptr, array.shape, array.strides, array.dtype
     if library == "torch":
         if not _plain(type(array)) and getattr(array, "fake_mode", None) is not None:  # type: ignore[arg-type]
             return object()
@@ -236,8 +236,8 @@ def identity(array: Any) -> Any:
             return array.data_ptr(), array.shape, array.stride(), array.dtype, gradient, array.is_neg()
         except (RuntimeError, ValueError):
             return object()
-    if library == "cupy":
-        return array.data.ptr, array.shape, array.strides, array.dtype
+    if isinstance(array, np.ndarray):
+        return array.__array_interface__["data"][0], array.shape, array.strides, array.dtype
     return object()  # it lends its memory through a capsule: look again each time
 
 

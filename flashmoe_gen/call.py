@@ -77,7 +77,7 @@ class Packer:
         self._ids, self._wide_ids, self._weights = (
             Matrix(spec.top_k, dtype, target.device) for dtype in ("int32", "int64", "float32")
         )
-        self._row_bytes = spec.hidden_size * spec.element.size
+        self._row_bytes, self._ids_bytes, self._weights_bytes = spec.hidden_size * spec.element.size, 4 * spec.top_k, 4 * spec.top_k
         self.forget()
 
     def forget(self) -> None:
@@ -105,6 +105,7 @@ class Packer:
             raise SpecError(f"x has {count} tokens. Must be at most max_tokens={spec.max_tokens}.")
         wide = arrays.is_torch_int64(topk_ids)
         ids = (self._wide_ids if wide else self._ids).checked(topk_ids, "topk_ids", count, stream)
+        ids_bytes = (2 if wide else 1) * self._ids_bytes
         weights = self._weights.checked(topk_weights, "topk_weights", count, stream)
         if not isinstance(experts, Experts):
             raise SpecError(f"experts is a {type(experts).__name__}. Must be a flashmoe_gen.Experts.")
@@ -114,10 +115,10 @@ class Packer:
         result = arrays.empty_like(x, tokens.shape, spec.dtype) if out is None else out
         y = self._tokens.writable(result, "out", count, stream)
         y_end = y.pointer + count * self._row_bytes
-        for name, view, size in (("topk_ids", ids, 8 if wide else 4), ("topk_weights", weights, 4)):
-            if y.pointer < view.pointer + count * spec.top_k * size and view.pointer < y_end:
-                # x may be: its rows have all been read when out is written
-                raise SpecError(f"out shares memory with {name}, which is read while out is written. Pass another array.")
+        if y.pointer < ids.pointer + count * ids_bytes and ids.pointer < y_end:
+            raise _sharing("topk_ids")
+        if y.pointer < weights.pointer + count * self._weights_bytes and weights.pointer < y_end:
+            raise _sharing("topk_weights")
         bound = experts.bind(spec, self._local_experts, device, stream)
         generation, prepared = self._prepared_for(bound)
         args = prepared.bytes
@@ -126,7 +127,7 @@ class Packer:
         _TIMEOUT.pack_into(args, _TIMEOUT_AT, int(env.timeout_s() * 1e9))
         _TOKENS.pack_into(args, _TOKENS_AT, limit)
         views = (tokens, ids, weights, y, counter) if counter else (tokens, ids, weights, y)
-        lent = bound.lent or [view.capsule for view in views] != [None] * len(views)
+        lent = bound.lent or [view for view in views if view.capsule is not None] != []
         return PackedCall(prepared, result, (*views, *bound.views), ids if wide else None, generation, lent)
 
     def _token_limit(self, num_tokens: Any, count: int, stream: arrays.Ordering) -> tuple[int, arrays.View | None]:
@@ -154,6 +155,11 @@ class Packer:
         prepared = self._target.prepare(self._kernel, args)
         self._made = bound, generation, prepared
         return generation, prepared
+
+
+def _sharing(name: str) -> SpecError:
+    # x may share memory with out: its rows have all been read when out is written
+    return SpecError(f"out shares memory with {name}, which is read while out is written. Pass another array.")
 
 
 def _check_ids(ids: np.ndarray[Any, Any], experts: int) -> None:

@@ -113,17 +113,18 @@ class MoELayer:
         if self._closed:
             with self.comm.making():
                 self._require_open()
-        made = MoELayer(
-            self.spec,
-            target="host" if self.target == "host" else "cuda",
-            tile=self.tile,
-            schedule=self._given_schedule,
-            comm=self.comm,
-            placement=self.placement,
-            stream=self._given_stream,
-            max_blocks=self._max_blocks,
-            instrument=self._instrument,
-        )
+        with self._target.current():
+            made = MoELayer(
+                self.spec,
+                target=self._target.name,
+                tile=self.tile,
+                schedule=self._given_schedule,
+                comm=self.comm,
+                placement=self.placement,
+                stream=self._given_stream,
+                max_blocks=self._max_blocks,
+                instrument=self._instrument,
+            )
         memo[id(self)] = made
         return made
 

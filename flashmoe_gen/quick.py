@@ -27,6 +27,7 @@ class Matrix:
         self._numpy = numpy_dtype(dtype)
         self._byte_strides = (columns * self._numpy.itemsize, self._numpy.itemsize)
         self._strides = (columns, 1)
+        self._number = int(device.partition(":")[2] or -1)  # no CuPy array is on the CPU
         self._torch: tuple[Any, Any, Any] | None = None  # torch's dtype, device and layout
 
     def checked(self, array: Any, name: str, rows: int | None, stream: arrays.Ordering) -> arrays.View:
@@ -43,17 +44,20 @@ class Matrix:
     def _looked_at(self, array: Any, rows: int | None) -> arrays.View | None:
         """A view of what is known to be right; nothing where there is any doubt."""
         library = _library_of(type(array))  # type: ignore[arg-type]
-        if library == "torch":
-            found = self._of_torch(array)
-        elif library == "cupy":
-            found = self._of_cupy(array)
-        else:
+        if not library:
             return None
-        if found is None or rows not in (None, found.shape[0]) or not found.pointer or found.pointer % self._alignment:
+        found = self._of_torch(array) if library == "torch" else self._of_cupy(array)
+        if found is None:
             return None
-        return found
+        pointer, shape, owner = found
+        if len(shape) != 2 or shape[1] != self._columns or rows not in (None, shape[0]):
+            return None
+        if not pointer or pointer % self._alignment:
+            return None
+        return arrays.View(pointer, shape, self._strides, self._dtype, "", self._device, owner)
 
-    def _of_torch(self, tensor: Any) -> arrays.View | None:
+    def _of_torch(self, tensor: Any) -> tuple[int, tuple[int, ...], object] | None:
+        """Address, shape and owner of contiguous memory of the dtype on the device."""
         if self._torch is None:
             torch = sys.modules["torch"]
             self._torch = getattr(torch, self._dtype), torch.device(self._device), torch.strided
@@ -64,20 +68,15 @@ class Matrix:
                 or tensor.requires_grad or tensor.is_neg() or not tensor.is_contiguous()
             ):  # fmt: skip
                 return None
-            shape, pointer, storage = tensor.shape, tensor.data_ptr(), tensor.untyped_storage()
+            return tensor.data_ptr(), tensor.shape, (tensor, tensor.untyped_storage())
         except (RuntimeError, ValueError):  # such as under vmap
             return None
-        if len(shape) != 2 or shape[1] != self._columns:
-            return None
-        return arrays.View(pointer, shape, self._strides, self._dtype, "", self._device, (tensor, storage))
 
-    def _of_cupy(self, array: Any) -> arrays.View | None:
-        shape, data = array.shape, array.data
-        if len(shape) != 2 or shape[1] != self._columns or array.strides != self._byte_strides or array.dtype != self._numpy:
+    def _of_cupy(self, array: Any) -> tuple[int, tuple[int, ...], object] | None:
+        data = array.data
+        if array.strides != self._byte_strides or array.dtype != self._numpy or data.device_id != self._number:
             return None
-        if f"cuda:{data.device_id}" != self._device:
-            return None
-        return arrays.View(data.ptr, shape, self._strides, self._dtype, "", self._device, array)
+        return data.ptr, array.shape, array
 
 
 @functools.lru_cache

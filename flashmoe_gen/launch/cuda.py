@@ -10,9 +10,10 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -130,7 +131,7 @@ class CudaTarget:
         FlashMoEError: no driver, or no GPU.
     """
 
-    name = "cuda"
+    name: Literal["host", "cuda"] = "cuda"
     synchronous = False
     readable = False
     system_workers = 1  # the block of scheduler and subscriber
@@ -156,14 +157,14 @@ class CudaTarget:
         self.multiprocessors = int(device.attributes["MultiProcessorCount"])
         self.arch = _arch_of(device.compute_capability)
 
-    def _here(self) -> Any:
-        """A context in which the target's GPU is the current one."""
+    def current(self) -> AbstractContextManager[object]:
         import cupy
 
-        return cupy.cuda.Device(self.number)
+        device: AbstractContextManager[object] = cupy.cuda.Device(self.number)
+        return device
 
     def load(self, compiled: CompiledKernel, shape: LaunchShape) -> CudaKernel:
-        with self._here():
+        with self.current():
             function = self._function(compiled, shape.shared_bytes)
             resident = self._resident(compiled.name, function.ptr, shape)
         if resident < 1:
@@ -242,12 +243,12 @@ class CudaTarget:
 
         memory = self.allocate(array.nbytes)
         host = np.ascontiguousarray(array)
-        with self._here():
+        with self.current():
             cupy.cuda.runtime.memcpy(memory.pointer, host.ctypes.data, host.nbytes, cupy.cuda.runtime.memcpyHostToDevice)
         return memory
 
     def record(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        with self._here():
+        with self.current():
             streams.interrupter(self.device)  # made before any kernel runs, which its allocation may wait for
             return streams.pinned(array)
 
@@ -265,7 +266,7 @@ class CudaTarget:
     def prepare(self, kernel: Any, args: np.ndarray[Any, Any]) -> Prepared:
         if not kernel.shape.boxes:
             return Prepared(args)
-        with self._here():
+        with self.current():
             return Prepared(args, [self._maps.encoded(box, args[0]) for box in kernel.shape.boxes])
 
     def launch(
@@ -282,7 +283,7 @@ class CudaTarget:
         if self._thread.bound and self._runtime.getDevice() == self.number:
             config.launch(parameters, blocks, stream.ptr)
             return
-        with self._here():
+        with self.current():
             if not self._thread.bound:
                 import cupy
 
@@ -296,27 +297,30 @@ class CudaTarget:
         import cupy
 
         copy, kind = cupy.cuda.runtime.memcpyAsync, cupy.cuda.runtime.memcpyHostToDevice
-        with self._here():
+        with self.current():
             source, stream = streams.interrupter(self.device)
             for address in aborted:
                 copy(address, source.ctypes.data, 4, kind, stream.ptr)
 
     def narrow_ids(self, pointer: int, count: int, to: int, experts: int, stream: Any) -> None:
         if count:
-            arguments = [np.array([value], kind) for value, kind in ((pointer, "u8"), (to, "u8"), (count, "i8"), (experts, "i4"))]
-            prepared = Prepared(arguments[0], arguments[1:])
-            self._launch(self._narrow.config, prepared.parameters, min(self.multiprocessors, -(-count // 256)), stream)
+            kernel, prepared, parameters = self._narrow
+            for parameter, value in zip(parameters, (pointer, to, count, experts)):
+                parameter[0] = value
+            self._launch(kernel.config, prepared.parameters, min(self.multiprocessors, -(-count // 256)), stream)
 
     @functools.cached_property
-    def _narrow(self) -> CudaKernel:
-        return loaded(lambda: build_program("narrow_ids", self.arch), lambda made: self.load(made, LaunchShape(256, 0)))
+    def _narrow(self) -> tuple[CudaKernel, Prepared, list[np.ndarray[Any, Any]]]:
+        kernel = loaded(lambda: build_program("narrow_ids", self.arch), lambda made: self.load(made, LaunchShape(256, 0)))
+        parameters: list[np.ndarray[Any, Any]] = [np.zeros(1, kind) for kind in ("u8", "u8", "i8", "i4")]
+        return kernel, Prepared(parameters[0], parameters[1:]), parameters
 
     def follow(self, stream: Any, before: Any) -> None:
         import cupy
 
         if before is None or before.ptr == stream.ptr or streams.is_capturing(stream) or streams.is_capturing(before):
             return
-        with self._here():
+        with self.current():
             try:
                 event = cupy.cuda.Event(disable_timing=True)
                 event.record(before)
@@ -332,7 +336,7 @@ class CudaTarget:
             return
         while self._kept and self._kept[0][0].done:
             self._kept.popleft()
-        with self._here():
+        with self.current():
             event = cupy.cuda.Event(disable_timing=True)
             event.record(stream)
         self._kept.append((event, owners))
@@ -345,7 +349,7 @@ class CudaTarget:
     def synchronize(self) -> None:
         import cupy
 
-        with self._here():
+        with self.current():
             cupy.cuda.runtime.deviceSynchronize()
 
 

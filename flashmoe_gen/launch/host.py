@@ -7,8 +7,9 @@ import functools
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -121,7 +122,7 @@ class HostTarget:
         ranks_here: ranks of the communicator in this process, which share the cores evenly.
     """
 
-    name = "host"
+    name: Literal["host", "cuda"] = "host"
     arch = "host"
     device = "cpu"
     synchronous = True
@@ -130,6 +131,9 @@ class HostTarget:
 
     def __init__(self, ranks_here: int = 1) -> None:
         self.ranks_here = ranks_here
+
+    def current(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def load(self, compiled: CompiledKernel, shape: LaunchShape) -> HostKernel:
         return HostKernel.load(compiled)

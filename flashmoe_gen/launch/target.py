@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -116,13 +117,16 @@ class Target(Protocol):
         ranks_here: ranks of the communicator in this process, which share what the target is.
     """
 
-    name: str
+    name: Literal["host", "cuda"]
     arch: str
     device: str
     synchronous: bool
     readable: bool
     system_workers: int
     ranks_here: int
+
+    def current(self) -> AbstractContextManager[object]:
+        """Inside, its device is what other libraries, and new targets, take for the current one."""
 
     def load(self, compiled: CompiledKernel, shape: LaunchShape) -> Kernel:
         """Load a compiled kernel."""

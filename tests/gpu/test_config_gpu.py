@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -160,5 +161,10 @@ def test_a_layer_stays_on_its_gpu_while_another_is_the_current_one(way: str) -> 
     assert ids.device.id == weights.device.id == 1
     with pytest.raises(fmg.SpecError, match=r"x is on 'cuda:0', but this layer runs on 'cuda:1'"):
         layer(cupy.asarray(case[0]), *arrays[1:], experts)
+    other = copy.deepcopy(layer)  # on the GPU of its communicator
+    y = other(*arrays, experts)
+    other.check()
+    assert on_host(y).tobytes() == want.tobytes()
+    other.close()
     layer.close()
     assert cupy.cuda.Device().id == 0
