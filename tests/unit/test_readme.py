@@ -111,3 +111,21 @@ def test_the_examples_are_typed() -> None:
     command = [sys.executable, "-m", "mypy", "--strict", "examples"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_what_is_where() -> None:
+    """Every place that "How it is organised" names is there, and every folder of it is named."""
+    (tree,) = re.findall(r"^## How it is organised\n\n((?: {4}.*\n)+)", TEXT, re.MULTILINE)
+    folder, named = ROOT, {}
+    for line in tree.splitlines():
+        indent, words = re.fullmatch(r"( +)((?:\S+  ?)*\S+)(?: {2,}.*)?", line).groups()  # type: ignore[union-attr]
+        folder = ROOT if len(indent) == 4 else folder
+        for place in words.split():
+            assert list(folder.glob(place)), f"{place} is not in {folder}"
+        named.setdefault(folder, set()).update(words.split())
+        if len(indent) == 4:
+            folder = ROOT / words
+    assert {place for place in named[ROOT] if place.endswith("/")} >= {"flashmoe_gen/", "templates/", "tests/"}
+    for parent in (ROOT / "flashmoe_gen", ROOT / "templates"):
+        there = {f"{path.name}/" for path in parent.iterdir() if path.is_dir() and not path.name.startswith(("_", "."))}
+        assert there == {place for place in named[parent] if place.endswith("/")}

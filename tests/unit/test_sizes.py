@@ -1,4 +1,4 @@
-"""One idea a file: how long a template part and a module of the package may be."""
+"""One idea a file: none is longer than a screen or two of the mind."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ import pytest
 import flashmoe_gen
 from flashmoe_gen.render import template_dir
 
-MOST_LINES = {"templates": 250, "package": 400}
-# Those that are longer. Whoever shortens one must take it out of here: the test fails while it is listed.
-LONGER: dict[str, set[str]] = {"templates": {"sm90/pipeline.cuh"}, "package": {"layer.py"}}
+FOLDERS = {"flashmoe_gen": (Path(flashmoe_gen.__file__).parent, "*.py", 400), "templates": (template_dir(), "*", 250)}
 
 
-@pytest.mark.parametrize("what", ["templates", "package"])
+@pytest.mark.parametrize("what", FOLDERS)
 def test_no_file_is_too_long(what: str) -> None:
-    root = template_dir() if what == "templates" else Path(flashmoe_gen.__file__).parent
-    paths = [path for path in root.rglob("*" if what == "templates" else "*.py") if path.is_file()]
-    assert len(paths) > 30
-    longer = {str(path.relative_to(root)) for path in paths if len(path.read_text().splitlines()) > MOST_LINES[what]}
-    assert longer == LONGER[what]
+    root, pattern, most = FOLDERS[what]
+    lines = {path.relative_to(root): len(path.read_text().splitlines()) for path in root.rglob(pattern) if path.is_file()}
+    assert len(lines) > 30
+    assert not {path: count for path, count in lines.items() if count > most}
