@@ -6,18 +6,18 @@ import ctypes
 import functools
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
+from .dtypes import numpy_dtype
 from .errors import SpecError, UnsupportedError
 
 # DLPack: dlpack.h, DLDataTypeCode and DLDeviceType.
 _DL_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}
 _DL_DEVICES = {1: "cpu", 2: "cuda", 3: "cuda_host", 10: "rocm", 13: "cuda_managed"}
-_CPU_DEVICES = {1, 3}
+_CPU_DEVICES, _CUDA = {1, 3}, 2
 
 
 class _DLTensor(ctypes.Structure):
@@ -81,7 +81,7 @@ class View(NamedTuple):
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """The same memory as a NumPy array."""
-        dtype = np.dtype(ml_dtypes.bfloat16) if self.dtype == "bfloat16" else np.dtype(self.dtype)
+        dtype = numpy_dtype(self.dtype)
         if 0 in self.shape:
             return np.empty(self.shape, dtype)
         reach = sum((n - 1) * s for n, s in zip(self.shape, self.strides)) + 1
@@ -213,8 +213,14 @@ def _dlpack_view(array: Any, name: str, device: str | None, stream: int) -> View
 
 
 NO_STREAM = -1  # DLPack: the caller has ordered what comes before
+Ordering = Callable[[], int]  # gives the stream that exporters of DLPack let wait for their memory: only they need it
 _UNSAID = "does not say that it may be written: it does not speak DLPack 1.0, and others may share its memory"
 _VIEWS = {"torch": _torch_view, "cupy": _cupy_view, "cupyx": _cupy_view}
+
+
+def unordered() -> int:
+    """An :data:`Ordering` for callers that have waited themselves."""
+    return NO_STREAM
 
 
 def identity(array: Any) -> Any:
@@ -223,7 +229,7 @@ def identity(array: Any) -> Any:
         return array.__array_interface__["data"][0], array.shape, array.strides, array.dtype
     library = _library(array)
     if library == "torch":
-        if getattr(array, "fake_mode", None) is not None:
+        if not _plain(type(array)) and getattr(array, "fake_mode", None) is not None:  # type: ignore[arg-type]
             return object()
         try:
             gradient = array.requires_grad and sys.modules["torch"].is_grad_enabled()
@@ -314,12 +320,15 @@ def empty_like(array: Any, shape: Sequence[int], dtype: str) -> Any:
     if library == "torch":
         torch = sys.modules["torch"]
         return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=array.device)
-    made = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
-    if library == "cupy" or (library != "numpy" and array.__dlpack_device__()[0] not in _CPU_DEVICES):
-        cupy = importlib.import_module("cupy")
-        with cupy.cuda.Device(array.__dlpack_device__()[1]):  # which need not be the current one
-            return cupy.empty(shape, made)
-    return np.empty(shape, made)
+    made = numpy_dtype(dtype)
+    if library == "numpy":
+        return np.empty(shape, made)
+    kind, number = (_CUDA, array.data.device_id) if library == "cupy" else array.__dlpack_device__()
+    if kind in _CPU_DEVICES:
+        return np.empty(shape, made)
+    cupy = importlib.import_module("cupy")
+    with cupy.cuda.Device(int(number)):
+        return cupy.empty(shape, made)
 
 
 def exported(result: Any, array: Any) -> Any:
@@ -333,6 +342,13 @@ def exported(result: Any, array: Any) -> Any:
 def is_torch_int64(array: Any) -> bool:
     """Whether an array is what ``torch.topk`` gives as indices: torch has no other type for them."""
     return _library(array) == "torch" and array.dtype is sys.modules["torch"].int64
+
+
+@functools.lru_cache
+def _plain(kind: type) -> bool:
+    """Whether a kind of tensor is torch's own, of which each has memory."""
+    torch = sys.modules["torch"]
+    return kind in (torch.Tensor, torch.nn.Parameter)
 
 
 def _library(array: Any) -> str:

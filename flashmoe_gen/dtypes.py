@@ -38,3 +38,8 @@ DTYPES: dict[str, DType] = {
 def get_dtype(name: str) -> DType:
     """Look a type up by name; raise :class:`SpecError` naming the supported ones."""
     return DTYPES[choice("dtype", name, DTYPES)]
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The NumPy dtype of a name: those above, and NumPy's own (``"int32"``)."""
+    return DTYPES[name].numpy if name in DTYPES else np.dtype(name)

@@ -90,10 +90,10 @@ class Experts:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_bound": {}}  # addresses of this process
 
-    def bind(self, spec: MoESpec, local_experts: int, device: str, stream: int = arrays.NO_STREAM) -> BoundExperts:
+    def bind(self, spec: MoESpec, local_experts: int, device: str, stream: arrays.Ordering = arrays.unordered) -> BoundExperts:
         """The weights of a rank that holds ``local_experts`` experts on ``device``: the same object while nothing has moved.
 
-        ``stream`` is for DLPack: what waits until the memory of foreign arrays is ready.
+        ``stream`` gives DLPack's name of what waits until the memory of foreign arrays is ready; asked only when something moved.
 
         Raises:
             SpecError: an array is missing, not wanted, or of the wrong device, shape, dtype or strides; names it.
@@ -103,7 +103,7 @@ class Experts:
         bound = self._bound.get(key)
         if bound is None or bound.identities != identities:
             views: dict[str, arrays.View] = {}
-            look = _Check(self._arrays, self._interleaved, {"device": device, "stream": stream}, views)
+            look = _Check(self._arrays, self._interleaved, {"device": device, "stream": stream()}, views)
             fields = look.fields(spec, local_experts)
             lent = any(view.capsule is not None for view in views.values())
             bound = BoundExperts(fields, tuple(views.values()), identities, lent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 from .arch import get_arch
@@ -73,7 +74,7 @@ class Fused:
         """The same kernel, launched with another number of processors."""
         return dataclasses.replace(self, processors=processors)
 
-    @property
+    @functools.cached_property
     def workers(self) -> int:
         """Workers of a launch: threads or blocks."""
         return self.target.workers(self.kernel, self.processors)

@@ -268,8 +268,9 @@ class MoELayer:
         self._require_open()
         target, placed = self._target, self._placed
         chosen = self._stream if stream is None and self._stream is not None else target.stream(stream, x)
+        ordering = functools.partial(target.dlpack_stream, chosen)
         while True:
-            packed = placed.pack(x, topk_ids, topk_weights, experts, out, num_tokens, target.dlpack_stream(chosen))
+            packed = placed.pack(x, topk_ids, topk_weights, experts, out, num_tokens, ordering)
             launch = functools.partial(self._launch, packed, chosen)
             try:
                 self.comm.run(target, chosen, (self._number, placed.tag), packed.generation, launch)

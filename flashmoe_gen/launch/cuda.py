@@ -132,6 +132,7 @@ class CudaTarget:
 
     name = "cuda"
     synchronous = False
+    readable = False
     system_workers = 1  # the block of scheduler and subscriber
 
     def __init__(self, max_blocks: int | None = None, ranks_here: int = 1) -> None:
@@ -147,6 +148,7 @@ class CudaTarget:
         self.max_blocks, self.ranks_here = max_blocks, ranks_here
         self.number = int(device.id)
         self.device = f"cuda:{self.number}"
+        self._runtime, self._current_stream = cupy.cuda.runtime, cupy.cuda.get_current_stream
         self._thread = _Thread()
         self._maps = TensorMaps()
         self._kept: deque[tuple[Any, tuple[Any, ...]]] = deque()  # events, and what must live until they are past
@@ -250,14 +252,12 @@ class CudaTarget:
             return streams.pinned(array)
 
     def stream(self, given: Any, array: Any) -> Any:
-        import cupy
-
         if given is not None:
             return streams.external(given)
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(array, torch.Tensor) and array.is_cuda:
-            return streams.external(torch.cuda.current_stream(array.device).cuda_stream)
-        return cupy.cuda.get_current_stream(self.number)
+            return streams.of_handle(torch.cuda.current_stream(array.device).cuda_stream)
+        return self._current_stream(self.number)
 
     def dlpack_stream(self, stream: Any) -> int:
         return -1 if streams.is_capturing(stream) else stream.ptr or 1  # 1: the legacy default stream
@@ -279,6 +279,9 @@ class CudaTarget:
         self._launch(kernel.config, prepared.parameters, workers, stream)
 
     def _launch(self, config: LaunchConfig, parameters: int, blocks: int, stream: Any) -> None:
+        if self._thread.bound and self._runtime.getDevice() == self.number:
+            config.launch(parameters, blocks, stream.ptr)
+            return
         with self._here():
             if not self._thread.bound:
                 import cupy

@@ -125,6 +125,7 @@ class HostTarget:
     arch = "host"
     device = "cpu"
     synchronous = True
+    readable = True
     system_workers = 2  # the scheduler and the subscriber
 
     def __init__(self, ranks_here: int = 1) -> None:

@@ -50,6 +50,14 @@ class _Handle:
         return 0, self.value
 
 
+@functools.lru_cache
+def of_handle(handle: int) -> Any:
+    """A CuPy stream of a raw handle, which somebody else keeps."""
+    import cupy
+
+    return cupy.cuda.Stream.from_external(_Handle(handle))
+
+
 def external(given: Any) -> Any:
     """A CuPy stream of anything that is one: ``__cuda_stream__`` (cuda.core), torch, CuPy, or the handle itself."""
     import cupy
@@ -60,5 +68,5 @@ def external(given: Any) -> Any:
         handle = getattr(given, "cuda_stream", None) or getattr(given, "ptr", given)
         if isinstance(handle, bool) or not isinstance(handle, int):
             raise SpecError(f"stream is a {type(given).__name__}. Must be a CUDA stream: __cuda_stream__, torch, CuPy or a handle.")
-        given = _Handle(handle)
+        return of_handle(handle)
     return cupy.cuda.Stream.from_external(given)

@@ -56,31 +56,22 @@ class LaunchShape:
 
 
 class Prepared:
-    """The arguments of launches: a struct, which its owner may change from launch to launch, and tensor maps that go with it.
+    """The arguments of launches: a struct, changed in place between two launches, which copy it, and tensor maps beside it.
 
     Attributes:
         args: the struct.
+        bytes: the same memory, for whom NumPy takes too long.
         pointer: its address.
         parameters: address of the array of all their addresses, as ``cuLaunchKernelEx`` takes it.
     """
 
-    __slots__ = ("_addresses", "_beside", "args", "parameters", "pointer")
+    __slots__ = ("_addresses", "_beside", "args", "bytes", "parameters", "pointer")
 
     def __init__(self, args: np.ndarray[Any, Any], beside: Sequence[np.ndarray[Any, Any]] = ()) -> None:
-        self._beside = tuple(beside)
-        self._aim(args, (ctypes.c_uint64 * (1 + len(self._beside)))(0, *(array.ctypes.data for array in self._beside)))
-
-    def _aim(self, args: np.ndarray[Any, Any], addresses: ctypes.Array[ctypes.c_uint64]) -> None:
-        self.args, self.pointer = args, args.ctypes.data
-        addresses[0] = self.pointer
-        self._addresses, self.parameters = addresses, ctypes.addressof(addresses)
-
-    def beside(self, args: np.ndarray[Any, Any]) -> Prepared:
-        """The same tensor maps for another struct with the same weights in it."""
-        made = Prepared.__new__(Prepared)
-        made._beside = self._beside
-        made._aim(args, type(self._addresses).from_buffer_copy(self._addresses))
-        return made
+        self.args, self._beside = args, tuple(beside)
+        self.bytes = args.view(np.uint8).data
+        self._addresses = np.array([array.ctypes.data for array in (args, *self._beside)], np.uint64)
+        self.pointer, self.parameters = int(self._addresses[0]), self._addresses.ctypes.data
 
 
 class Memory(Protocol):
@@ -120,6 +111,7 @@ class Target(Protocol):
         arch: what kernels are generated for.
         device: where arrays must be: ``"cpu"`` or ``"cuda:N"``.
         synchronous: whether a launch has ended when it returns.
+        readable: whether this process can read the arrays of a call, and so check them in advance.
         system_workers: workers of a MoE launch that run its operating system alone.
         ranks_here: ranks of the communicator in this process, which share what the target is.
     """
@@ -128,6 +120,7 @@ class Target(Protocol):
     arch: str
     device: str
     synchronous: bool
+    readable: bool
     system_workers: int
     ranks_here: int
 

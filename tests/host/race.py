@@ -53,7 +53,7 @@ class Bundle:
         self._keep.append(packed)
         self.buffers += [*call.inputs, call.y]
         self.buffers += [array for array in call.experts._arrays.values() if array is not None]
-        return packed.args
+        return packed.prepared.args.copy()
 
     def _place(self, pointer: int) -> tuple[int, int]:
         for number, buffer in enumerate(self.buffers):

@@ -82,7 +82,7 @@ class Scenario:
                 call.y[:] = np.nan
                 packed = call.layer._placed.pack(*call.inputs, call.experts, call.y, None)
                 kernel = (kernels or {}).get(call.layer.spec.hidden_size, call.layer._fused.kernel)
-                launches[-1].append((kernel, packed.args))
+                launches[-1].append((kernel, packed.prepared.args.copy()))
         comm = self.worlds[0][0].comms[0]
         heaps = [comm.heap_memory(rank) for rank in range(self.world_size)]
         return explore(launches, heaps, threads=self.threads, seed=seed, lost_word=lost_word)

@@ -24,7 +24,7 @@ ROOMS = [
     "library render",
     "compile cubin nvrtc link",
     "cache",
-    "launch arrays comm experts",
+    "launch arrays quick comm experts",
     "call counters trace fused placed router layer",
     "tune bench compat",
     "__init__",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -125,8 +126,8 @@ def test_launches_see_the_struct_as_it_is_then(launched: list[tuple[Any, ...]]) 
     config.launch(prepared.parameters, 3, 0)
     args[0] = 8
     config.launch(prepared.parameters, 3, 99)
-    other = prepared.beside(np.array([9], np.uint32))
-    config.launch(other.parameters, 4, 99)
+    struct.pack_into("I", prepared.bytes, 0, 9)
+    config.launch(prepared.parameters, 4, 99)
     assert launched == [(7, 3, 1, 5, 6), (7, 3, 99, 8, 6), (7, 4, 99, 9, 6)]
     with pytest.raises(fmg.FlashMoEError, match=r"k cannot be launched with 1000 blocks: CUDA_ERROR_INVALID_VALUE"):
         config.launch(prepared.parameters, 1000, 99)
