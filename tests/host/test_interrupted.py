@@ -16,8 +16,8 @@ from test_threads import EXPERTS, PROBLEM, SPEC, assert_right, call, inputs_of, 
 from world import World, on_ranks
 
 import flashmoe_gen as fmg
+from flashmoe_gen.call import Packer
 from flashmoe_gen.launch.host import HostTarget
-from flashmoe_gen.layer import Packer
 
 
 class AlarmError(Exception):

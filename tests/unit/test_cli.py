@@ -19,6 +19,7 @@ from command import TINY, Runner
 import flashmoe_gen as fmg
 from flashmoe_gen import bench as bench_room
 from flashmoe_gen.cli import bench, checks, demo, problem, trace
+from flashmoe_gen.launch.cuda import CudaTarget
 
 TINY_DEMO = f"demo {TINY} --experts 8 --tokens 5 --ranks 3"
 
@@ -234,6 +235,7 @@ class Gpu:
     """What the demo asks a GPU's target before it runs anything there."""
 
     name, arch, device, multiprocessors, system_workers = "cuda", "sm_90a", "cuda:0", 132, 1
+    expected = CudaTarget.expected
 
 
 def test_demo_without_gpu_memory(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
