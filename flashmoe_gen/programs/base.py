@@ -21,7 +21,8 @@ PTX = (
     *(
         f"gpu/ptx/{part}.cuh"
         for part in (
-            "memory", "atomics", "copy", "matrix", "wgmma", "mbarrier", "barrier", "cluster", "convert", "special",
+            "memory", "atomics", "copy", "matrix", "wgmma", "mbarrier", "barrier", "cluster", "convert", "arithmetic",
+            "special",
         )
     ),
 )  # fmt: skip

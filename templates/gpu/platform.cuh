@@ -171,32 +171,32 @@ DEVICE Acc fma_of(Acc a, Acc b, Acc c) { return fma(a, b, c); }
 //% if spec.dtype == "float64"
 DEVICE Acc normal_cdf(Acc z) { return 0.5 * erfc(z * -0.70710678118654752440); }
 //% else
-// exp(-z^2 / 2) times a polynomial of 1 / (1 + kTailSlope |z|), without a branch: erfc() would take too many registers beside
-// the sums.
 DEVICE Acc polynomial(Acc, Acc factor) { return factor; }
 template <class... Factors>
 DEVICE Acc polynomial(Acc x, Acc factor, Factors... of_higher_powers) {
   return fma_of(polynomial(x, of_higher_powers...), x, factor);
 }
+
+// That of -a. Without a branch: erfc() would take too many registers beside the sums.
 //%   if spec.element.size == 2
-constexpr Acc kTailSlope = 0.375f;
-constexpr bool kExactSquare = false;
-DEVICE Acc tail_polynomial(Acc s) {  // with it normal_cdf is within 4e-5
-  return polynomial(s, 0.14907965f, 0.157558396f, 0.0841233581f, 0.199558347f, -0.0903176963f);
+// Within 5e-5: its logarithm to base 2 is smooth. From 13 on nothing is left of it.
+DEVICE Acc lower_tail(Acc a) {
+  return ex2_approx_ftz(polynomial(fminf(a, 13.0f), -1.00002575f, -1.15105104f, -0.458636284f, -0.0540888831f, 8.72331113e-3f,
+                                   -1.03439728e-3f, 8.553003e-5f, -4.61732225e-6f, 1.45287544e-7f, -2.01239159e-9f));
 }
 //%   else
-constexpr Acc kTailSlope = 0.3f;
-constexpr bool kExactSquare = true;  // adds what rounding takes from z^2
-DEVICE Acc tail_polynomial(Acc s) {  // with it normal_cdf is within 6e-7
-  return polynomial(s, 0.119632006f, 0.120712131f, 0.100175977f, 0.127691671f, -0.0520338044f, 0.20455654f, -0.156158298f,
-                    0.0354236998f);
+// Within 6e-7: exp(-a^2 / 2) times a polynomial of 1 / (1 + 0.3 a). From 16 on nothing is left of it.
+DEVICE Acc lower_tail(Acc a) {
+  a = fminf(a, 16.0f);
+  const Acc s = divide_of(1.0f, 1.0f + 0.3f * a), square = a * a;
+  const Acc scaled = polynomial(s, 0.119632006f, 0.120712131f, 0.100175977f, 0.127691671f, -0.0520338044f, 0.20455654f,
+                                -0.156158298f, 0.0354236998f);
+  const Acc tail = scaled * (s * exp_of(-0.5f * square));
+  return tail - tail * 0.5f * fma_of(a, a, -square);  // what rounding took from a^2
 }
 //%   endif
 DEVICE Acc normal_cdf(Acc z) {
-  const Acc a = fminf(fabsf(z), 16.0f);  // where nothing is left of the tail
-  const Acc s = divide_of(1.0f, 1.0f + kTailSlope * a), square = a * a;
-  Acc tail = tail_polynomial(s) * (s * exp_of(-0.5f * square));
-  if constexpr (kExactSquare) tail -= tail * 0.5f * fma_of(a, a, -square);
+  const Acc tail = lower_tail(fabsf(z));
   return z < 0.0f ? tail : 1.0f - tail;
 }
 //% endif

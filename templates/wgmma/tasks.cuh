@@ -73,7 +73,7 @@ DEVICE void store_tile(
   const int lane = int(threadIdx.x % 32);
   char* to[Patch::kLaneVectors];  // read before the first store: the compiler cannot know that none changes them
 #pragma unroll
-  for (int i = 0; i < Patch::kLaneVectors; ++i) 
+  for (int i = 0; i < Patch::kLaneVectors; ++i)
     to[i] = slot.to[first_row() + Patch::row(i)] + (first + Patch::column()) * int(sizeof(Element));
 #pragma unroll
   for (int piece = 0; piece < kColumns; piece += Patch::kColumns) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import time
 import warnings
 from collections.abc import Iterator
@@ -14,12 +15,13 @@ import pytest
 from flashmoe_gen.arch import ARCHS, GPU_ARCHS
 from flashmoe_gen.cache import CompiledKernel
 from flashmoe_gen.cubin import usage
+from flashmoe_gen.dtypes import get_dtype
 from flashmoe_gen.errors import SpecError, UnsupportedError
 from flashmoe_gen.nvrtc import load as load_nvrtc
 from flashmoe_gen.programs import default_tile, plan_kernel, plan_router
 from flashmoe_gen.programs.wgmma import WgmmaPlan
 from flashmoe_gen.render import generate
-from flashmoe_gen.spec import MoESpec
+from flashmoe_gen.spec import ACTIVATIONS, MoESpec
 from flashmoe_gen.tile import TileConfig
 
 # Asked without the package, so that a fault of the package is a failure and not a skip.
@@ -68,6 +70,16 @@ def _matrix() -> Iterator[Case]:
             yield Case(f"{arch}-router-{dtype}", BASE.replace(dtype=dtype), arch, kernel="router")
 
 
+# Every program, dtype, MLP and activation, on Hopper.
+def _activations() -> Iterator[Case]:
+    for (dtype, math), mlp, activation in itertools.product(MATHS, ("gated", "vanilla"), ACTIVATIONS):
+        spec = BASE.replace(dtype=dtype, mlp=mlp, activation=activation)
+        for program in ("mma", "wgmma") if get_dtype(dtype).size == 2 else ("mma",):
+            tile = default_tile(spec, "sm_90a", program)
+            label = f"{program}, {math or dtype}, {mlp} {activation}"
+            yield Case(label, spec, "sm_90a", tile=tile.replace(math=math) if math else tile)
+
+
 # What the matrix does not reach: other functions, shapes that end within a stage or a tile, and other tiles.
 def _corners() -> Iterator[Case]:
     arch = "sm_90a"
@@ -110,8 +122,10 @@ def _corners() -> Iterator[Case]:
 
 
 Futures = dict[str, "Future[tuple[CompiledKernel, float]]"]
-CASES = {case.label: case for case in (*_matrix(), *_corners())}
-assert len(CASES) == len(list(_matrix())) + len(list(_corners())), "labels must differ"
+USUAL, MORE = [*_matrix(), *_corners()], list(_activations())
+CASES = {case.label: case for case in USUAL + MORE}
+assert len(CASES) == len(USUAL + MORE), "labels must differ"
+LABELS = [*(case.label for case in USUAL), *(pytest.param(case.label, marks=pytest.mark.full) for case in MORE)]
 
 
 def _compile(case: Case) -> tuple[CompiledKernel, float]:
@@ -131,7 +145,7 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Futures]:
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("label", CASES)
+@pytest.mark.parametrize("label", LABELS)
 def test_compiles(label: str, compiled: Futures) -> None:
     case = CASES[label]
     try:
