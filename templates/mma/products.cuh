@@ -98,7 +98,7 @@ DEVICE void multiply(Accumulator& c, const RowFragment& a, const ColumnFragment&
 }
 //% else
 constexpr int kStepBytes = 32;     // k16 of 16-bit elements, k8 of tf32
-constexpr int kUnrolledSteps = sizeof(Element) == 4 ? 1 : 2;  // more would take registers for operands far ahead
+constexpr int kUnrolledSteps = 2;  // more would take registers for operands far ahead
 struct RowFragment {
   u32 value[4];
 };

@@ -26,9 +26,10 @@ struct Staging {
   DEVICE void put(int row, int column, Pair pair) const {
     *reinterpret_cast<Pair*>(bytes + row * kStride + column * int(sizeof(Element))) = pair;
   }
-  // Columns [first, first + kColumns) of `rows` rows, as far as a row of kWidth reaches.
+  // The task's columns of its rows, as far as a row of kWidth reaches.
   template <int kWidth, class To>
-  DEVICE void store(int rows, int first, To to) const {
+  DEVICE void store(const Task& task, To to) const {
+    const int rows = int(task.block.rows), first = int(task.column) * kColumns;
     constexpr int kVectors = kColumns / kVector;
     for (int i = int(thread_index()); i < rows * kVectors; i += kMmaThreads) {
       const int row = i / kVectors, column = i % kVectors * kVector;
@@ -86,7 +87,7 @@ DEVICE void gemm1_epilogue(const MoEArgs& args, const TaskSlot& slot, const Sums
 // Columns [column * kIntermediateColumns, ...) of the intermediate.
 DEVICE void gemm1_tile(const Call& call, const TaskSlot& slot, char* work) {
   const MoEArgs& args = call.args;
-  const Task task = slot.task;
+  const Task& task = slot.task;  // read again behind the products, which need the registers
   const Span span(call, Work::gemm1, threadIdx.x == 0, task.serial, task.column);
   const int rows = int(task.block.rows);
   const int first = int(task.column) * kIntermediateColumns;
@@ -98,7 +99,7 @@ DEVICE void gemm1_tile(const Call& call, const TaskSlot& slot, char* work) {
   gemm1_epilogue(args, slot, sums, staging);
   sync_mma();
   char* const block = reinterpret_cast<char*>(intermediate_row(call, task.serial, 0));
-  staging.store<kIntermediate>(rows, first, [&](int r) { return block + r * kMiddleRowBytes; });
+  staging.store<kIntermediate>(task, [&](int r) { return block + r * kMiddleRowBytes; });
   sync_mma();  // everyone's stores are before the release in publish_tile()
   if (threadIdx.x == 0) publish_tile(call, task);
 }
@@ -130,7 +131,7 @@ DEVICE void gemm2_epilogue(const MoEArgs& args, const Task& task, const float* w
 // Columns [column * kBlockN, ...) of the expert's result.
 DEVICE void gemm2_tile(const Call& call, const TaskSlot& slot, char* work) {
   const MoEArgs& args = call.args;
-  const Task task = slot.task;
+  const Task& task = slot.task;  // read again behind the products, which need the registers
   const Span span(call, Work::gemm2, threadIdx.x == 0, task.serial, task.column);
   const int rows = int(task.block.rows);
   const int first = int(task.column) * kBlockN;
@@ -148,11 +149,11 @@ DEVICE void gemm2_tile(const Call& call, const TaskSlot& slot, char* work) {
   const Staging<kBlockN> staging{work};
   gemm2_epilogue(args, task, slot.weight, sums, staging);
   sync_mma();
-  staging.store<kHidden>(rows, first, [&](int r) { return const_cast<char*>(slot.row[r]); });
+  staging.store<kHidden>(task, [&](int r) { return const_cast<char*>(slot.row[r]); });
   sync_mma();  // everyone's stores are before the release in finish_tile()
   const bool finisher = threadIdx.x == 0 && finish_tile(call, task);
   if (!bar_red_or(kMmaBarrier, kMmaThreads, finisher)) return;
   WarpGroup warp;  // all tiles of the M-block are before this barrier: each warp returns its share of the rows
-  const int share = int(threadIdx.x) / 32;
-  return_rows(warp, call, task.block, rows * share / kMmaWarps, rows * (share + 1) / kMmaWarps);
+  const int share = int(threadIdx.x) / 32, all = int(task.block.rows);
+  return_rows(warp, call, task.block, all * share / kMmaWarps, all * (share + 1) / kMmaWarps);
 }
