@@ -28,8 +28,7 @@ struct Staging {
   }
   // The task's columns of its rows, as far as a row of kWidth reaches.
   template <int kWidth, class To>
-  DEVICE void store(const Task& task, To to) const {
-    const int rows = int(task.block.rows), first = int(task.column) * kColumns;
+  DEVICE void store(int rows, int first, To to) const {
     constexpr int kVectors = kColumns / kVector;
     for (int i = int(thread_index()); i < rows * kVectors; i += kMmaThreads) {
       const int row = i / kVectors, column = i % kVectors * kVector;
@@ -99,7 +98,7 @@ DEVICE void gemm1_tile(const Call& call, const TaskSlot& slot, char* work) {
   gemm1_epilogue(args, slot, sums, staging);
   sync_mma();
   char* const block = reinterpret_cast<char*>(intermediate_row(call, task.serial, 0));
-  staging.store<kIntermediate>(task, [&](int r) { return block + r * kMiddleRowBytes; });
+  staging.store<kIntermediate>(rows, first, [&](int r) { return block + r * kMiddleRowBytes; });
   sync_mma();  // everyone's stores are before the release in publish_tile()
   if (threadIdx.x == 0) publish_tile(call, task);
 }
@@ -149,7 +148,7 @@ DEVICE void gemm2_tile(const Call& call, const TaskSlot& slot, char* work) {
   const Staging<kBlockN> staging{work};
   gemm2_epilogue(args, task, slot.weight, sums, staging);
   sync_mma();
-  staging.store<kHidden>(task, [&](int r) { return const_cast<char*>(slot.row[r]); });
+  staging.store<kHidden>(rows, first, [&](int r) { return const_cast<char*>(slot.row[r]); });
   sync_mma();  // everyone's stores are before the release in finish_tile()
   const bool finisher = threadIdx.x == 0 && finish_tile(call, task);
   if (!bar_red_or(kMmaBarrier, kMmaThreads, finisher)) return;

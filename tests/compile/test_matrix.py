@@ -21,7 +21,7 @@ from flashmoe_gen.nvrtc import load as load_nvrtc
 from flashmoe_gen.programs import default_tile, plan_kernel, plan_router
 from flashmoe_gen.programs.wgmma import WgmmaPlan
 from flashmoe_gen.render import generate
-from flashmoe_gen.spec import ACTIVATIONS, MoESpec
+from flashmoe_gen.spec import MoESpec
 from flashmoe_gen.tile import TileConfig
 
 # Asked without the package, so that a fault of the package is a failure and not a skip.
@@ -36,6 +36,7 @@ MAX_SECONDS = 10.0
 PINNED = ("NVRTC 12.9.86", "NVRTC 13.0.88")
 
 BASE = MoESpec(2048, 768, 128, 8, max_tokens=256)
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "identity")
 # dtype, math of float32
 MATHS = [("bfloat16", None), ("float16", None), ("float32", "tf32"), ("float32", "ffma"), ("float64", None)]
 
