@@ -111,7 +111,8 @@ def default_tile(spec: MoESpec, arch: str, program: str | None = None) -> TileCo
         SpecError: no such program.
         UnsupportedError: unknown arch, or the program does not run there.
     """
-    return resolve(spec, program, arch).default_tile(spec, get_arch(arch))
+    chosen = resolve(spec, program, arch)
+    return _named(chosen, chosen.default_tile(spec, get_arch(arch)))
 
 
 def plan_kernel(spec: MoESpec, tile: TileConfig, arch: str) -> KernelPlan:
@@ -153,7 +154,12 @@ def tile_space(spec: MoESpec, arch: str, program: str | None = None) -> list[Can
     """
     target = get_arch(arch)
     chosen = [resolve(spec, program, arch)] if program is not None else _fitting(spec, target)
-    return [_candidate(one, spec, tile, target) for one in chosen for tile in one.tiles(spec, target)]
+    return [_candidate(one, spec, _named(one, tile), target) for one in chosen for tile in one.tiles(spec, target)]
+
+
+def _named(program: BlockProgram, tile: TileConfig) -> TileConfig:
+    """A tile of a program, which need not say so itself: without a name it would be one of the first that runs the spec."""
+    return tile if tile.program is not None else tile.replace(program=program.name)
 
 
 def _fitting(spec: MoESpec, arch: Arch) -> list[BlockProgram]:

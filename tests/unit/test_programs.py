@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,23 @@ def test_what_is_no_program_is_not_registered(program: Any, message: str) -> Non
     with pytest.raises(fmg.SpecError, match=message):
         programs.register(program)
     assert programs.names() == ["host", "wgmma", "mma"]
+
+
+def test_a_program_need_not_name_itself_in_its_tiles() -> None:
+    class Modest(Mine):
+        def default_tile(self, spec: fmg.MoESpec, arch: Arch) -> fmg.TileConfig:
+            return fmg.TileConfig(8, 32)
+
+        def tiles(self, spec: fmg.MoESpec, arch: Arch) -> Iterator[fmg.TileConfig]:
+            yield fmg.TileConfig(8, 32)
+
+    programs.register(Modest())
+    try:
+        tile = fmg.default_tile(SPEC, "host", "mine")
+        assert tile == fmg.TileConfig(8, 32, program="mine")
+        assert [candidate.tile for candidate in programs.tile_space(SPEC, "host", "mine")] == [tile]
+    finally:
+        programs.unregister("mine")
 
 
 @pytest.mark.parametrize("arch", ARCHS)
