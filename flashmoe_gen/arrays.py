@@ -148,6 +148,8 @@ def _torch_view(tensor: Any, name: str) -> View:
         # The storage too: `tensor.data = other` gives the tensor another one.
         owner = tensor, tensor.untyped_storage()
         return View(pointer, shape, tensor.stride(), _text_of(tensor.dtype), "", device, owner)
+    except SpecError:
+        raise
     except (RuntimeError, ValueError) as error:  # such as under vmap, or of a parameter that has no shape yet
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SpecError(f"{name} is a {_kind(tensor)} whose memory cannot be read: {reason}") from error

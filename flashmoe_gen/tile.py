@@ -133,11 +133,14 @@ def resolve_schedule(tile: TileConfig, schedule: Schedule | None) -> Schedule:
     """The schedule of a layer: the one given, else what the tile's deprecated fields say.
 
     Raises:
-        SpecError: both say something.
+        SpecError: both say something, or one is something else.
     """
+    for name, value, kind in (("tile", tile, TileConfig), ("schedule", schedule, Schedule)):
+        if not isinstance(value, kind) and not (value is None and kind is Schedule):
+            raise SpecError(f"{name} is a {type(value).__name__}. Must be a flashmoe_gen.{kind.__name__}.")
     old = {new: getattr(tile, name) for name, new in _MOVED.items()}
     if schedule is None:
         return Schedule(**old)
     if said := [name for name, new in _MOVED.items() if old[new] is not None]:
-        raise SpecError(f"tile={said[0]}={getattr(tile, said[0])!r} and schedule= are not valid together. Use schedule=.")
+        raise SpecError(f"TileConfig({said[0]}={getattr(tile, said[0])!r}) and schedule= are not valid together. Use schedule=.")
     return schedule

@@ -39,6 +39,7 @@ __all__ = [
 # The first that runs a spec is its default, so those added later come after the package's own.
 _PROGRAMS: dict[str, BlockProgram] = {program.name: program for program in (HostProgram(), WgmmaProgram(), MmaProgram())}
 _OWN = frozenset(_PROGRAMS)
+_NO_NAMES = ("none", "true", "false")  # ``--set program=none`` says something else
 
 
 def names() -> list[str]:
@@ -52,17 +53,23 @@ def get(name: str) -> BlockProgram:
     Raises:
         SpecError: there is none.
     """
-    if name not in _PROGRAMS:
+    if not isinstance(name, str) or name not in _PROGRAMS:
         raise SpecError(f"program={name!r} is not valid. Must be one of {', '.join(map(repr, _PROGRAMS))}.")
     return _PROGRAMS[name]
 
 
 def register(program: BlockProgram) -> None:
-    """Add a program.
+    """Add a program: an instance of a subclass of :class:`BlockProgram`.
 
     Raises:
-        SpecError: there is one of that name.
+        SpecError: it is none, lacks an attribute, or its name is taken, or no word that a command line can say.
     """
+    if not isinstance(program, BlockProgram):  # not the class either: every look at all programs would fail
+        raise SpecError(f"register() was given {program!r}. Must be an instance of a subclass of BlockProgram.")
+    if missing := [name for name in ("name", "archs", "dtypes", "parts") if not hasattr(program, name)]:
+        raise SpecError(f"{type(program).__name__}.{missing[0]} is missing.")
+    if not isinstance(program.name, str) or not program.name.isidentifier() or program.name.lower() in _NO_NAMES:
+        raise SpecError(f"program={program.name!r} is not valid. Must be a word of letters, digits and underscores.")
     if program.name in _PROGRAMS:
         raise SpecError(f"program={program.name!r} is registered already. Choose another name.")
     _PROGRAMS[program.name] = program
@@ -104,7 +111,8 @@ def default_tile(spec: MoESpec, arch: str, program: str | None = None) -> TileCo
         SpecError: no such program.
         UnsupportedError: unknown arch, or the program does not run there.
     """
-    return resolve(spec, program, arch).default_tile(spec, get_arch(arch))
+    chosen = resolve(spec, program, arch)
+    return _named(chosen, chosen.default_tile(spec, get_arch(arch)))
 
 
 def plan_kernel(spec: MoESpec, tile: TileConfig, arch: str) -> KernelPlan:
@@ -146,7 +154,12 @@ def tile_space(spec: MoESpec, arch: str, program: str | None = None) -> list[Can
     """
     target = get_arch(arch)
     chosen = [resolve(spec, program, arch)] if program is not None else _fitting(spec, target)
-    return [_candidate(one, spec, tile, target) for one in chosen for tile in one.tiles(spec, target)]
+    return [_candidate(one, spec, _named(one, tile), target) for one in chosen for tile in one.tiles(spec, target)]
+
+
+def _named(program: BlockProgram, tile: TileConfig) -> TileConfig:
+    """A tile of a program, which need not say so itself: without a name it would be one of the first that runs the spec."""
+    return tile if tile.program is not None else tile.replace(program=program.name)
 
 
 def _fitting(spec: MoESpec, arch: Arch) -> list[BlockProgram]:

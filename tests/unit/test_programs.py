@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import flashmoe_gen as fmg
 from flashmoe_gen import programs
-from flashmoe_gen.arch import ARCHS
+from flashmoe_gen.arch import ARCHS, Arch
+from flashmoe_gen.programs.host import HostProgram
 
 SPEC = fmg.MoESpec(256, 128, 16, 4, max_tokens=64)
 ROOT = Path(fmg.__file__).parent
@@ -36,8 +39,60 @@ def test_names_that_are_not_there() -> None:
         fmg.default_tile(SPEC, "sm_80", "wgmma")
     with pytest.raises(fmg.SpecError, match="registered already"):
         programs.register(programs.get("mma"))
+    with pytest.raises(fmg.SpecError, match=r"program=\['mma'\] is not valid"):
+        fmg.default_tile(SPEC, "sm_80", ["mma"])  # type: ignore[arg-type]
     with pytest.raises(fmg.SpecError, match="Must be one that register"):
         programs.unregister("mma")
+
+
+class Mine(HostProgram):
+    name = "mine"
+
+
+class Nowhere(programs.BlockProgram):
+    name = "nowhere"
+
+    def default_tile(self, spec: fmg.MoESpec, arch: Arch) -> fmg.TileConfig:
+        return fmg.TileConfig(8, 32)
+
+    plan = HostProgram.plan
+    tiles = HostProgram.tiles
+
+
+def _named(name: Any) -> HostProgram:
+    return type("Named", (HostProgram,), {"name": name})()
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (Mine, "Must be an instance of a subclass of BlockProgram"),
+        ("host", "Must be an instance of a subclass of BlockProgram"),
+        (Nowhere(), r"Nowhere\.archs is missing"),
+        *((_named(name), "Must be a word of letters, digits and underscores") for name in ("", 7, "a b", "a\nb", "None")),
+    ],
+)
+def test_what_is_no_program_is_not_registered(program: Any, message: str) -> None:
+    with pytest.raises(fmg.SpecError, match=message):
+        programs.register(program)
+    assert programs.names() == ["host", "wgmma", "mma"]
+
+
+def test_a_program_need_not_name_itself_in_its_tiles() -> None:
+    class Modest(Mine):
+        def default_tile(self, spec: fmg.MoESpec, arch: Arch) -> fmg.TileConfig:
+            return fmg.TileConfig(8, 32)
+
+        def tiles(self, spec: fmg.MoESpec, arch: Arch) -> Iterator[fmg.TileConfig]:
+            yield fmg.TileConfig(8, 32)
+
+    programs.register(Modest())
+    try:
+        tile = fmg.default_tile(SPEC, "host", "mine")
+        assert tile == fmg.TileConfig(8, 32, program="mine")
+        assert [candidate.tile for candidate in programs.tile_space(SPEC, "host", "mine")] == [tile]
+    finally:
+        programs.unregister("mine")
 
 
 @pytest.mark.parametrize("arch", ARCHS)

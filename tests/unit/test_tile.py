@@ -43,7 +43,7 @@ def test_old_fields_warn_and_still_work(old: str) -> None:
     assert resolve_schedule(tile, None) == schedule
     assert resolve_schedule(TILE, schedule) == schedule
     assert fmg.generate(SPEC, arch="host", tile=tile).text == fmg.generate(SPEC, arch="host", tile=TILE).text
-    with pytest.raises(fmg.SpecError, match=f"tile={old}=.* and schedule= are not valid together"):
+    with pytest.raises(fmg.SpecError, match=rf"TileConfig\({old}=.*\) and schedule= are not valid together"):
         resolve_schedule(tile, schedule)
 
 
@@ -57,6 +57,19 @@ def test_a_layer_takes_the_old_fields_and_the_new_ones() -> None:
     with one, other:
         assert one.schedule == other.schedule == schedule
         assert one._placed.order == other._placed.order
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": {"ring": 1}}, r"^schedule is a dict\. Must be a flashmoe_gen\.Schedule\."),
+        ({"schedule": TILE}, r"^schedule is a TileConfig\. Must be a flashmoe_gen\.Schedule\."),
+        ({"tile": fmg.Schedule()}, r"^tile is a Schedule\. Must be a flashmoe_gen\.TileConfig\."),
+    ],
+)
+def test_one_taken_for_the_other_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(fmg.SpecError, match=message):
+        fmg.MoELayer(SPEC.replace(world_size=1), target="host", **options)
 
 
 def test_no_warning_without_them() -> None:
