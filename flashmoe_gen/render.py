@@ -223,13 +223,22 @@ def generate(
 
 def _template_text(part: str, templates: Path | None) -> str:
     env = environment(templates)
-    return env.loader.get_source(env, part)[0]  # type: ignore[union-attr]
+    try:
+        return env.loader.get_source(env, part)[0]  # type: ignore[union-attr]
+    except jinja2.TemplateNotFound as error:
+        raise SpecError(f"The template part {part} is not in {templates or template_dir()}.") from error
 
 
 def render_parts(parts: Sequence[str], context: dict[str, Any], templates: Path | None = None) -> str:
     """Render template parts one after the other, those of the PTX library as far as they are used (:mod:`.library`)."""
-    env = environment(templates)
-    return library.join([(part, env.get_template(part).render(context)) for part in parts])
+    return library.join([(part, _rendered(part, context, templates)) for part in parts])
+
+
+def _rendered(part: str, context: dict[str, Any], templates: Path | None) -> str:
+    try:
+        return environment(templates).get_template(part).render(context)
+    except jinja2.TemplateError as error:  # of a program from outside
+        raise SpecError(f"The template part {part} is not valid: {type(error).__name__}: {error}.") from error
 
 
 def _header(

@@ -30,7 +30,7 @@ def bench(
         str, typer.Option("--tokens", "-t", help="Token counts, separated by commas.")
     ] = ",".join(map(str, bench_room.TOKENS)),
     program: Annotated[
-        str | None, typer.Option("--program", help="Block program: wgmma or mma; default: the GPU's best.")
+        str | None, typer.Option("--program", help="Block program, such as wgmma or mma; default: the GPU's best.")
     ] = None,
     router: Annotated[bool, typer.Option("--router/--no-router", help="Time the router too.")] = True,
     output: Annotated[

@@ -152,7 +152,7 @@ def request(
         for names in (_SPEC_FIELDS, _TILE_FIELDS, _SCHEDULE_FIELDS, _INSTRUMENT_FIELDS)
     )
     if kernel == "router" and (useless := [*tile, *schedule, *instrument]):
-        raise SpecError(f"--set {useless[0]} is not valid with --kernel router, which has neither tiles nor instruments.")
+        raise SpecError(f"--set {useless[0]} is not valid with --kernel router, which has no tiles, schedules or instruments.")
     base = preset_fields(model) if model is not None else spec_fields(config) if config is not None else {}
     fields = {**base, **own_fields}
     needed = ["hidden_size", "top_k"] if kernel == "router" else ["hidden_size", "intermediate_size", "top_k"]

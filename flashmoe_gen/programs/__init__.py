@@ -61,6 +61,8 @@ def get(name: str) -> BlockProgram:
 def register(program: BlockProgram) -> None:
     """Add a program: an instance of a subclass of :class:`BlockProgram`.
 
+    It is there in this process alone: the command line, and so the command that a text says reproduces it, does not know it.
+
     Raises:
         SpecError: it is none, lacks an attribute, or its name is taken, or no word that a command line can say.
     """
@@ -96,7 +98,7 @@ def resolve(spec: MoESpec, name: str | None, arch: str) -> BlockProgram:
     target = get_arch(arch)
     if name is not None:
         get(name)
-    fitting = [program for program in _PROGRAMS.values() if program.runs(spec, target)]
+    fitting = _fitting(spec, target)
     for program in fitting:
         if name in (None, program.name):
             return program
@@ -152,8 +154,8 @@ def tile_space(spec: MoESpec, arch: str, program: str | None = None) -> list[Can
         SpecError: no such program.
         UnsupportedError: unknown arch, or no program runs the spec there.
     """
-    target = get_arch(arch)
-    chosen = [resolve(spec, program, arch)] if program is not None else _fitting(spec, target)
+    target, first = get_arch(arch), resolve(spec, program, arch)
+    chosen = [first] if program is not None else _fitting(spec, target)
     return [_candidate(one, spec, _named(one, tile), target) for one in chosen for tile in one.tiles(spec, target)]
 
 

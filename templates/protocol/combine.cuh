@@ -42,7 +42,7 @@ struct WeightedRows {
       Packed packed[kBatch];
 #pragma unroll
       for (int j = start; j < start + kBatch && j < kTopK; ++j)
-        if (row[j] >= 0) packed[j - start] = *reinterpret_cast<const Packed*>(row_at(matrix, row[j], kReturnedRowBytes) + column);
+        if (row[j] >= 0) packed[j - start] = *reinterpret_cast<const Packed*>(row_at(matrix + column, row[j], kReturnedRowBytes));
 #pragma unroll
       for (int j = start; j < start + kBatch && j < kTopK; ++j)
         if (row[j] >= 0) sum.add(weight[j], unpacked(packed[j - start]));

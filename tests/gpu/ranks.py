@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +177,15 @@ __all__ = [
     "routes",
     "runs_here",
 ]
+
+
+@contextmanager
+def held_back(stream: Any) -> Iterator[None]:
+    """Nothing that the stream is given inside starts before the end."""
+    gate = threading.Event()
+    stream.launch_host_func(lambda gate: gate.wait(60), gate)
+    try:
+        yield
+        assert not stream.done
+    finally:
+        gate.set()

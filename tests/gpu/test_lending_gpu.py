@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
-from ranks import BF16, BOUNDS, Case, Problem, assert_close, device_experts, inputs_of, make
+from ranks import BF16, BOUNDS, Case, Problem, assert_close, device_experts, held_back, inputs_of, make
 from test_launch_gpu import captured, node_types
 
 import flashmoe_gen as fmg
@@ -44,18 +42,6 @@ def one(request: pytest.FixtureRequest) -> Iterator[One]:
     made = One(request.param)
     yield made
     made.layer.close()
-
-
-@contextmanager
-def held_back(stream: Any) -> Iterator[None]:
-    """Nothing that the stream is given inside starts before the end."""
-    gate = threading.Event()
-    stream.launch_host_func(lambda gate: gate.wait(60), gate)
-    try:
-        yield
-        assert not stream.done
-    finally:
-        gate.set()
 
 
 class Lender:

@@ -71,3 +71,19 @@ def test_the_demo_runs_it(twin: str) -> None:
     assert one["passed"] and (one["tile"]["program"], other["tile"]["program"]) == (twin, "host")
     assert [rank["error"] for rank in one["ranks"]] == [rank["error"] for rank in other["ranks"]]
     assert one["kernels"][1]["digest"] != other["kernels"][1]["digest"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (None, "The template part twin/tasks.h is not in"),
+        ("${nothing}", "The template part twin/tasks.h is not valid: UndefinedError: 'nothing' is undefined"),
+        ("//% if", "The template part twin/tasks.h is not valid: TemplateSyntaxError"),
+    ],
+)
+def test_a_fault_in_its_templates_names_the_part(twin: str, tmp_path: Path, fault: str | None, message: str) -> None:
+    part = tmp_path / "twin" / "tasks.h"
+    part.write_text(fault) if fault is not None else part.unlink()
+    with pytest.raises(fmg.SpecError) as caught:
+        fmg.generate(SPEC, arch="host", tile=fmg.default_tile(SPEC, "host", twin))
+    assert str(caught.value).startswith(message)
