@@ -29,8 +29,8 @@ class MmaProgram(BlockProgram):
     parts = (
         *PTX, "gpu/platform.cuh", "common/constants.cuh", "gpu/element.cuh", "common/element.cuh",
         "common/rows.cuh", "common/args.cuh", "common/bias.cuh", "common/activation.cuh",
-        *PROTOCOL, "gpu/finished.cuh", "gpu/epilogue.cuh", "mma/products.cuh", "mma/pipeline.cuh", "gpu/party.cuh",
-        "mma/tasks.cuh", "mma/moe_block.cuh",
+        *PROTOCOL, "gpu/finished.cuh", "gpu/epilogue.cuh", "gpu/operands.cuh", "mma/products.cuh", "mma/pipeline.cuh",
+        "gpu/party.cuh", "mma/tasks.cuh", "mma/moe_block.cuh",
     )  # fmt: skip
 
     def default_tile(self, spec: MoESpec, arch: Arch) -> TileConfig:

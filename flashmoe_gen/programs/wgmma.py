@@ -48,7 +48,7 @@ class WgmmaProgram(BlockProgram):
     parts = (
         *PTX, "gpu/platform.cuh", "common/constants.cuh", "gpu/element.cuh", "common/element.cuh",
         "common/rows.cuh", "common/args.cuh", "common/bias.cuh", "common/activation.cuh",
-        *PROTOCOL, "gpu/finished.cuh", "gpu/epilogue.cuh", "wgmma/pipeline.cuh", "wgmma/products.cuh",
+        *PROTOCOL, "gpu/finished.cuh", "gpu/epilogue.cuh", "gpu/operands.cuh", "wgmma/pipeline.cuh", "wgmma/products.cuh",
         "gpu/party.cuh", "wgmma/loads.cuh", "wgmma/tasks.cuh", "wgmma/moe_block.cuh",
     )  # fmt: skip
 

@@ -12,26 +12,8 @@ constexpr int kConsumerThreads = kConsumers * 128;
 constexpr int kThreads = ${plan.threads};
 static_assert(kThreads == 128 + kConsumerThreads);
 
-constexpr int kRowBytes = kBlockK * int(sizeof(Element));  // of a stage, in both operands
 static_assert(kRowBytes == 128);
-
-// Operands by role, and where the tile of each is in a stage.
-struct TokenOperand {  // rows of the M-block
-  static constexpr bool kTokens = true;
-  static constexpr int kRows = kBlockM;
-  static constexpr u32 kAt = 0, kBytes = kRows * kRowBytes;
-};
-struct WeightOperand {  // rows of the expert's matrix: columns of the result
-  static constexpr bool kTokens = false;
-  static constexpr int kRows = kBlockN;
-  static constexpr u32 kAt = TokenOperand::kBytes, kBytes = kRows * kRowBytes;
-};
-constexpr u32 kStageBytes = TokenOperand::kBytes + WeightOperand::kBytes;
-static_assert(kStageBytes == ${plan.stage_bytes});
 static_assert(WeightOperand::kAt % 1024 == 0 && kStageBytes % 1024 == 0, "the swizzle is a function of the address");
-//% set operands = {"tokens": "TokenOperand", "weights": "WeightOperand"}
-using OperandA = ${operands[plan.phases[0].a.matrix]};  // gives the sums their rows, 64 to a warpgroup
-using OperandB = ${operands[plan.phases[0].b.matrix]};  // and their columns
 static_assert(OperandA::kTokens && !OperandB::kTokens, "the epilogues have a token in every row");
 
 constexpr int kWorkBytes = ${plan.work_bytes};  // of dynamic shared memory: the stages, then a patch per consumer warp
