@@ -11,13 +11,20 @@ _WARP = 32
 
 LIST_ENTRY = struct(
     "ListEntry",
-    ("token_slot", "u32", "token of the source << 8 | slot of the row that comes back"),
+    ("token_slot", "u32", "token of the source << 8 | its place among the routes of the token"),
     ("weight", "float", "of the route"),
+)
+SUMMAND = struct(
+    "Summand",  # beside each list entry, for an owner that sums its rows of a token
+    ("first", "u32", "place of the token's first route here among all the source sends here, in token order"),
+    ("index_of", "u32", "which of the token's routes here it is << 8 | how many they are"),
 )
 SEGMENT = struct(
     "Segment",
-    ("first", "u32", "ordinal of the first row among all the source sends here"),
+    ("first", "u32", "ordinal of the first row among all the source sends here", (), 16),
     ("rows", "u32", "for this expert"),
+    ("start", "u32", "rows of this expert from nearer sources"),
+    ("source", "u32", ""),
 )
 READY_BLOCK = struct(
     "ReadyBlock",
@@ -28,14 +35,20 @@ READY_BLOCK = struct(
 )
 CONTROL = struct(
     "Control",
-    ("epoch", "u32", "calls finished on this heap"),
-    ("aborted", "u32", "set when a wait missed its deadline; cleared by reset()"),
+    ("entered", "u32", "processors that have begun the call; with the epoch, one word: both are read and changed at once", (), 8),
+    ("epoch", "u32", "calls finished on this heap, as words name them: see next_epoch()"),
+    ("aborted", "u32", "set when a rank gives up, here or elsewhere; cleared by reset()"),
     ("claimed", "u32", "the record has a writer"),
+)
+SCRATCH_STATE = struct(
+    "ScratchState",
+    ("calls", "u32", "that used this scratch: picks the counter set"),
+    ("used", "u32", "words of each set that its last call may have changed", (2,)),
     ("unused", "u32", ""),
 )
 STATE = struct(
     "State",
-    ("calls", "u32", "of this layer: picks the counter set"),
+    ("calls", "u32", "finished"),
     ("unused", "u32", ""),
     ("routes", "u64", "routes sent to experts on any rank, over all calls"),
     ("masked", "u64", "routes with a negative id"),
@@ -65,8 +78,12 @@ AWAIT = Enum(
         "task": "task {detail} of the queue",
         "gemm1": "GEMM1 tile {detail}",
         "returns": "an expert row from rank {detail}",
+        "tag": "the same call on rank {detail}",
+        "launch": "the end of another launch of the same rank",
     },
 )
+# Not waits that were too long: ranks that call different things, and launches of one rank that run at the same time.
+TAG, OVERLAP = (list(AWAIT.members).index(name) for name in ("tag", "launch"))
 ROLES, AWAITS = tuple(ROLE.members), tuple(AWAIT.members.values())
 
 TRACE_EVENT = struct(
@@ -113,6 +130,7 @@ COUNTERS = struct(
     ("queue", "u64", "queue_word()"),
     ("combine_ticket", "u32"),
     ("left", "u32"),
+    ("list_sent", "u32", "per owner: entries of its list that are on their way", (MAX_WORLD_SIZE,)),
     ("arrived", "u32", "per source: leading dispatch chunks that are here, kAllChunks when all are", (MAX_WORLD_SIZE,)),
 )
 TALLY = Enum("Tally", dict.fromkeys(("live", "dropped", "masked", "invalid"), ""))  # what became of a route
@@ -121,12 +139,14 @@ PLANNER_SCRATCH = struct(
     ("count", "u32", "routes per expert, here and below by position", (MAX_EXPERTS,)),
     ("base", "u32", "routes of the planners before", (MAX_EXPERTS,)),
     ("offset", "u32", "routes to the experts before", (MAX_EXPERTS,)),
+    ("placed", "u32", "per owner: routes to it that have their place in token order", (MAX_WORLD_SIZE,)),
     ("tally", "u32", "this planner's routes by Tally", (len(TALLY.members),)),
 )
 SYSTEM_SCRATCH = struct(
     "SystemScratch",
     ("rows", "u32", "of the scheduler: per local expert, over all sources", (MAX_EXPERTS,)),
     ("first_panel", "u32", "of the scheduler: panels of the experts before", (MAX_EXPERTS,)),
+    ("source_start", "u32", "of the scheduler: rows of the sources before", (MAX_WORLD_SIZE,)),
     ("arrived", "u32", "of the subscriber: leading chunks per source", (MAX_WORLD_SIZE,)),
 )
 SCRATCH_BYTES = max(PLANNER_SCRATCH.size, SYSTEM_SCRATCH.size)
@@ -231,34 +251,43 @@ MOE_ARGS = struct(
     ("down_bias_stride", "i64", ""),
     ("expert_position", "const int*", "[E] expert -> position (rank by rank, slot by slot)"),
     ("owner_first", "const int*", "[world_size + 1] first position of each rank"),
+    ("position_owner", "const int*", "[E] position -> rank"),
     ("peers", "char*", "the symmetric heap of each rank", (MAX_WORLD_SIZE,)),
-    ("counts_at", "i64", "heap offsets, in bytes"),
+    ("failures_at", "i64", "heap offsets, in bytes"),
+    ("counts_at", "i64", ""),
+    ("list_signals_at", "i64", ""),
     ("chunk_signals_at", "i64", ""),
     ("return_signals_at", "i64", ""),
     ("lists_at", "i64", ""),
-    ("ordinals_at", "i64", ""),
+    ("summands_at", "i64", ""),
     ("rows_at", "i64", ""),
     ("returns_at", "i64", ""),
     ("source_stride", "i64", "bytes of token rows per source"),
     ("count_stride", "i64", "words per source"),
     ("chunk_stride", "i64", "words per source"),
     ("list_stride", "i64", "entries per source"),
-    ("staged_stride", "i64", "rows per source"),
-    ("planner_counts", "u32*", "workspace from here on: [planner][E]"),
-    ("route_target", "int*", "[tokens, k] owner << 8 | return slot, -1: not live"),
-    ("segments", "Segment*", "[source][E_local]"),
+    ("scratch_state", "ScratchState*", "scratch from here on, shared by the layers of a communicator"),
+    ("counter_sets", "u32*", "two sets, set_stride words apart"),
+    ("appended", "u32*", "[panels, by expert] epoch of the call that appended it"),
+    ("planner_counts", "u32*", "[planner][E]"),
+    ("route_owner", "int*", "[tokens, k] rank, -1: not live"),
+    ("outgoing_list", "ListEntry*", "[tokens * k] by owner: what is sent to each"),
+    ("outgoing_summands", "Summand*", "[tokens * k] beside it; first is the route's own place until it is sent"),
+    ("outgoing_first", "u32*", "[world_size + 1] first entry of each owner"),
+    ("segments", "Segment*", "[E_local][distance of the source]"),
+    ("pool_first", "u32*", "[source] first row of the pool that the source's rows take, kNoRoom: they are not summed here"),
     ("ready", "ReadyBlock*", "[panels] in the order they entered the queue"),
     ("entries", "ReadyBlock*", "[2 * panels][phase] the queue: whose tasks of each phase an entry hands out"),
-    ("appended", "u32*", "[panels, by expert] epoch of the call that appended it"),
     ("ring", "Middle*", "[ring_slots, kBlockM, I] intermediate"),
-    ("staged_rows", "Returned*", "[source][staged_stride][H], combine by rank only"),
-    ("counter_sets", "u32*", "two sets of set_words"),
-    ("state", "State*", ""),
+    ("staged_rows", "Returned*", "[pool_rows, H] rows that are summed here"),
+    ("staged_entries", "ListEntry*", "[pool_rows] their routes"),
+    ("state", "State*", "of this layer"),
     ("record", "AbortRecord*", "host-visible"),
     ("trace", "TraceEvent*", "[party][track][trace_events]"),
     ("trace_counts", "u32*", "[party][track] events so far"),
     ("timeout_ns", "i64", "deadline of every wait, 0: none"),
-    ("set_words", "int", "words of one counter set"),
+    ("set_stride", "i64", "words"),
+    ("set_words", "int", "words of a counter set that this layer uses"),
     ("column_bits_at", "int", "word offsets in a set"),
     ("done_parts_at", "int", ""),
     ("routes_done_at", "int", ""),
@@ -269,8 +298,8 @@ MOE_ARGS = struct(
     ("capacity", "int", "most rows per (expert, source rank)"),
     ("rank", "int", ""),
     ("world_size", "int", ""),
-    ("combine_by_rank", "int", "1: owners sum their routes of a token before they send"),
-    ("return_slots", "int", "rows that can come back per token"),
+    ("tag", "u32", "layer << 16 | placement: the same on all ranks, or they do not make the same call"),
+    ("pool_rows", "int", "room for rows that are summed here before they go back; 0: each goes back as it is"),
     ("ring_slots", "int", "M-blocks of intermediate that fit the ring"),
     ("lag", "int", "M-blocks whose GEMM1 come between a GEMM1 and its GEMM2 in the task order"),
     ("max_panel", "int", "most M-blocks of a panel"),
@@ -300,7 +329,7 @@ LAUNCH = struct("Launch", ("kernel", "Kernel"), ("args", "const void*"))
 HEAP = struct("Heap", ("base", "char*"), ("bytes", "u64"))
 
 MOE_STRUCTS: tuple[Enum | Struct, ...] = (
-    ROLE, AWAIT, WORK, TALLY, SHARE, LIST_ENTRY, SEGMENT, READY_BLOCK, CONTROL, STATE, ABORT_RECORD, TRACE_EVENT, COUNTERS,
+    ROLE, AWAIT, WORK, TALLY, SHARE, LIST_ENTRY, SUMMAND, SEGMENT, READY_BLOCK, CONTROL, SCRATCH_STATE, STATE, ABORT_RECORD, TRACE_EVENT, COUNTERS,
     PLANNER_SCRATCH, SYSTEM_SCRATCH, TASK, MOE_ARGS,
 )  # fmt: skip
 ROUTER_STRUCTS = (ROUTER_ARGS,)

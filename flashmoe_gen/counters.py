@@ -1,4 +1,4 @@
-"""What a layer's kernels count in its workspace, read back."""
+"""What a layer's kernels count, read back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from .args import STATE
 from .launch.target import Memory
-from .layout import WorkspaceLayout
+from .layout import Region
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LayerStats:
         return cls(**counts, padding=counts["blocks"] * block_m - counts["rows"])
 
 
-def read_state(workspace: Memory, layout: WorkspaceLayout) -> Any:
+def read_state(memory: Memory, regions: dict[str, Region]) -> Any:
     """The layer's ``State``, after waiting for the calls in flight."""
-    region = layout.regions["state"]
-    return workspace.read(region.offset, region.bytes).view(STATE.dtype)[0]
+    region = regions["state"]
+    return memory.read(region.offset, region.bytes).view(STATE.dtype)[0]

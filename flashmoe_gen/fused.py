@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .arch import get_arch
 from .instrument import Instrument
 from .launch.target import Kernel, LaunchShape, Target, loaded
-from .layout import HeapNeeds, WorkspaceLayout
+from .layout import HeapNeeds, Region, ScratchLayout, layer_regions
 from .plan import KernelPlan, SchedulePlan, plan_schedule, resolve_combine
 from .programs import resolve
 from .render import generate
@@ -82,7 +82,7 @@ class Fused:
     @property
     def heap_needs(self) -> HeapNeeds:
         """What a call needs of the symmetric heap."""
-        return HeapNeeds.of(self.spec, self.combine)
+        return HeapNeeds.of(self.spec)
 
     def order(self, local_experts: int) -> SchedulePlan:
         """The schedule of a launch on a rank with so many experts."""
@@ -96,15 +96,17 @@ class Fused:
             processors=self.processors,
         )
 
-    def workspace(self, order: SchedulePlan, local_experts: int) -> WorkspaceLayout:
-        """The workspace of a launch."""
-        return WorkspaceLayout.of(
+    def scratch(self, order: SchedulePlan, local_experts: int) -> ScratchLayout:
+        """What a launch needs of the scratch."""
+        return ScratchLayout.of(
             self.spec,
             self.tile,
             self.plan,
             order,
             local_experts=local_experts,
             planners=self.workers - self.target.system_workers,
-            tracks=self.workers * self.plan.tracks,
-            trace_events=self.instrument.trace_events,
         )
+
+    def own(self) -> dict[str, Region]:
+        """What a layer has for itself."""
+        return layer_regions(self.workers * self.plan.tracks, self.instrument.trace_events)

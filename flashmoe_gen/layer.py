@@ -20,7 +20,7 @@ from .experts import Experts
 from .fused import Fused
 from .instrument import Instrument
 from .launch import choose
-from .placed import Placed
+from .placed import Placed, require_fitting
 from .programs import default_tile
 from .router import Router
 from .spec import MoESpec, Placement
@@ -98,11 +98,12 @@ class MoELayer:
         self._fused = Fused.load(spec, self.tile, self.schedule, instrument, self._target)
         self._router: Router | None = None
         self._closed = self._released = False
+        placement = placement or Placement.default(spec.num_experts, spec.world_size)
+        require_fitting(spec, placement)
         self.comm.reserve(self._target, self._fused.heap_needs)
-        self._place(placement or Placement.default(spec.num_experts, spec.world_size))
         alike = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
-        alike |= {"combine": self._fused.combine, "placement": self.placement.slots_per_rank}
-        self._number = self.comm.register(alike)
+        self._number = self.comm.register(alike | {"placement": placement.slots_per_rank})
+        self._place(placement)
 
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""
@@ -177,7 +178,7 @@ class MoELayer:
 
     def _place(self, placement: Placement) -> None:
         # An error or an interrupt before the assignment leaves the layer as it was.
-        self._placed = Placed.of(self._fused, self.comm, placement)
+        self._placed = Placed.of(self._fused, self.comm, placement, self._number)
         self.comm.attach(self)
 
     @property
@@ -197,8 +198,9 @@ class MoELayer:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes this layer holds on this rank, beside the communicator's symmetric heap (``layer.comm.heap.bytes``)."""
-        return self._placed.workspace.nbytes
+        """Bytes this layer alone holds on this rank; what the communicator's layers share is ``layer.comm.heap.bytes`` of symmetric
+        heap and ``layer.comm.scratches.bytes`` beside it."""
+        return self._placed.memory.nbytes + sum(table.nbytes for table in self._placed.tables.values())
 
     def route(
         self, x: Any, router_weight: Any, *, logit_bias: Any = None, selection_bias: Any = None

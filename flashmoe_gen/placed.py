@@ -1,7 +1,9 @@
-"""What a layer holds on its rank for one placement of the experts: tables, workspace, and the packing of its calls."""
+"""What a layer holds on its rank for one placement of the experts: tables, memory, and the packing of its calls."""
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,10 @@ from .counters import LayerStats, read_state
 from .errors import SpecError
 from .fused import Fused
 from .launch.target import Memory
-from .layout import WorkspaceLayout
-from .plan import SchedulePlan, return_slots
-from .spec import Placement
+from .layout import Region, total_bytes
+from .plan import SchedulePlan
+from .scratch import Scratch
+from .spec import MoESpec, Placement
 
 _NO_CAPACITY = 2**31 - 1
 
@@ -26,11 +29,13 @@ class Placed:
 
     Attributes:
         placement: which rank holds which expert.
-        tag: the same on all ranks that use the same placement.
-        layout: of the workspace.
+        tag: of the layer and the placement, the same on all ranks that make the same call.
         order: the schedule of its launches.
         tables: where the experts are, for the kernel.
-        workspace: this rank's memory, beside the symmetric heap.
+        scratch: what it shares with the communicator's other layers.
+        scratch_regions: its places in there.
+        memory: what it has for itself.
+        regions: the places in there.
         pack: packs the calls.
     """
 
@@ -39,46 +44,45 @@ class Placed:
         fused: Fused,
         comm: Communicator,
         placement: Placement,
-        layout: WorkspaceLayout,
+        tag: int,
         order: SchedulePlan,
-        tables: tuple[Memory, Memory],
-        workspace: Memory,
+        tables: Mapping[str, Memory],
+        scratch: Scratch,
+        memory: Memory,
     ) -> None:
         self._fused, self._comm = fused, comm
-        self.placement, self.tag = placement, hash(placement.slots_per_rank)
-        self.layout, self.order, self.tables, self.workspace = layout, order, tables, workspace
+        self.placement, self.tag, self.order, self.tables = placement, tag, order, tables
+        self.scratch, self.memory, self.regions = scratch, memory, fused.own()
+        self.scratch_regions = fused.scratch(order, self.local_experts).regions(scratch.needs)
         self.pack = self._packer()  # borrows nothing yet
         self._reported = 0  # ids that are not valid
 
     @classmethod
-    def of(cls, fused: Fused, comm: Communicator, placement: Placement) -> Placed:
-        """Upload the tables and allocate the workspace, after waiting for calls in flight, which use those there are.
+    def of(cls, fused: Fused, comm: Communicator, placement: Placement, number: int) -> Placed:
+        """Upload the tables and allocate, after waiting for calls in flight, which use what there is.
+
+        Args:
+            number: of the layer among those of the communicator.
 
         Raises:
             SpecError: the placement does not fit the spec.
             CommError: no memory.
         """
-        spec, target = fused.spec, fused.target
-        if placement.world_size != spec.world_size or placement.num_experts != spec.num_experts:
-            raise SpecError(
-                f"placement has {placement.num_experts} experts on {placement.world_size} ranks. "
-                f"Must be {spec.num_experts} on {spec.world_size}."
-            )
-        experts = [expert for rank in placement.slots_per_rank for expert in rank]
-        position = np.empty(spec.num_experts, np.int32)
-        position[experts] = np.arange(spec.num_experts, dtype=np.int32)
+        require_fitting(fused.spec, placement)
+        target = fused.target
         target.synchronize()
-        first = np.cumsum([0, *map(len, placement.slots_per_rank)], dtype=np.int32)
-        tables = target.upload(position), target.upload(first)
+        tables = {name: target.upload(table) for name, table in _tables(placement).items()}
         local_experts = len(placement.local_experts(comm.rank))
         order = fused.order(local_experts)
-        layout = fused.workspace(order, local_experts)
-        return cls(fused, comm, placement, layout, order, tables, target.allocate(layout.bytes))
+        scratch = comm.scratches.get(fused.scratch(order, local_experts).needs, target)
+        tag = (number & 0xFFFF) << 16 | zlib.crc32(repr(placement.slots_per_rank).encode()) & 0xFFFF
+        return cls(fused, comm, placement, tag, order, tables, scratch, target.allocate(total_bytes(fused.own())))
 
     def emptied(self) -> Placed:
-        """The same without a workspace and with nothing borrowed, for a layer that is closed."""
+        """The same without memory and with nothing borrowed, for a layer that is closed."""
         nothing = self._fused.target.allocate(0)
-        return Placed(self._fused, self._comm, self.placement, self.layout, self.order, self.tables, nothing)
+        unshared = Scratch(self.scratch.needs, nothing)
+        return Placed(self._fused, self._comm, self.placement, self.tag, self.order, self.tables, unshared, nothing)
 
     @property
     def local_experts(self) -> int:
@@ -91,7 +95,7 @@ class Placed:
 
     def state(self) -> Any:
         """The layer's ``State``, after waiting for the calls in flight."""
-        return read_state(self.workspace, self.layout)
+        return read_state(self.memory, self.regions)
 
     def new_invalid(self, state: Any) -> int:
         """How many ids of a ``State`` were not valid, those that were reported before left out."""
@@ -104,26 +108,27 @@ class Placed:
         room = self._fused.instrument.trace_events
         if not room:
             raise SpecError("The layer keeps no trace. Make it with instrument=Instrument(trace_events=...).")
-        return trace.take(self.workspace, self.layout, room, self._fused.plan.tracks)
+        return trace.take(self.memory, self.regions, room, self._fused.plan.tracks)
 
     def restart(self) -> None:
-        """Start from clean counters."""
-        for region in self.layout.regions.values():
+        """Start from clean counters, its own and those it shares."""
+        self.scratch.restart()
+        for region in self.regions.values():
             if region.persistent:
-                self.workspace.fill(region.offset, region.bytes, 0)
+                self.memory.fill(region.offset, region.bytes, 0)
         self._reported = 0
 
     def _packer(self) -> Packer:
         fused, spec, comm = self._fused, self._fused.spec, self._comm
         args = MOE_ARGS.zeros()
-        places = {name: self.workspace.pointer + region.offset for name, region in self.layout.regions.items()}
+        places = _places(self.scratch.memory, self.scratch_regions) | _places(self.memory, self.regions)
         narrow_ids = places.pop("narrow_ids")
         values: dict[str, Any] = {
             **places,
+            **{name: table.pointer for name, table in self.tables.items()},
             **self.order.arguments(),
+            "set_stride": self.scratch.needs.set_words,
             "trace_events": fused.instrument.trace_events,
-            "expert_position": self.tables[0].pointer,
-            "owner_first": self.tables[1].pointer,
             "record": comm.record.ctypes.data,
             "delay_ns": fused.instrument.delay_ns,
             "max_tokens": spec.max_tokens,
@@ -132,8 +137,34 @@ class Placed:
             "capacity": _NO_CAPACITY if spec.capacity is None else spec.capacity,
             "rank": comm.rank,
             "world_size": spec.world_size,
-            "return_slots": return_slots(spec, fused.combine),
+            "tag": self.tag,
         }
         for name, value in values.items():
             args[name] = value
         return Packer(spec, fused.target, fused.kernel, comm, self.local_experts, args, narrow_ids)
+
+
+def require_fitting(spec: MoESpec, placement: Placement) -> None:
+    """Raise :class:`~flashmoe_gen.SpecError` if a placement is of another number of ranks or experts than a spec."""
+    if placement.world_size != spec.world_size or placement.num_experts != spec.num_experts:
+        raise SpecError(
+            f"placement has {placement.num_experts} experts on {placement.world_size} ranks. "
+            f"Must be {spec.num_experts} on {spec.world_size}."
+        )
+
+
+def _tables(placement: Placement) -> dict[str, np.ndarray[Any, Any]]:
+    """Positions number the experts rank by rank, slot by slot."""
+    slots = placement.slots_per_rank
+    experts = [expert for rank in slots for expert in rank]
+    position = np.empty(len(experts), np.int32)
+    position[experts] = np.arange(len(experts), dtype=np.int32)
+    return {
+        "expert_position": position,
+        "owner_first": np.cumsum([0, *map(len, slots)], dtype=np.int32),
+        "position_owner": np.repeat(np.arange(len(slots), dtype=np.int32), [len(rank) for rank in slots]),
+    }
+
+
+def _places(memory: Memory, regions: Mapping[str, Region]) -> dict[str, int]:
+    return {name: memory.pointer + region.offset for name, region in regions.items()}

@@ -8,11 +8,12 @@ from typing import Any, Literal
 from .args import COUNTERS, task_kind
 from .dtypes import get_dtype
 from .errors import SpecError
-from .spec import MAX_WORLD_SIZE, MoESpec
+from .spec import MoESpec
 from .structs import Enum
 from .tile import Combine, Schedule, TileConfig
 from .values import require_counts
 
+COUNT_HEADER = 2  # words of a source before its rows per expert slot: its tokens, its tag
 CHUNK_TOKENS = 16  # tokens of one dispatch task: a signal's meaning, so the same for every kernel of a heap
 PLANNER_TOKENS = 32  # fewest tokens worth a planner of their own
 WARP = 32
@@ -152,7 +153,7 @@ class KernelPlan:
     min_blocks: int = 0
     chunk_tokens: int = CHUNK_TOKENS
     planner_tokens: int = PLANNER_TOKENS
-    max_world_size: int = MAX_WORLD_SIZE
+    count_header: int = COUNT_HEADER
 
     @property
     def tracks(self) -> int:
@@ -207,9 +208,15 @@ def resolve_combine(spec: MoESpec, schedule: Schedule, default: Combine) -> Comb
     return "route" if spec.batch_invariant or spec.world_size == 1 else default
 
 
-def return_slots(spec: MoESpec, combine: Combine) -> int:
-    """Rows that can come back per token: one per route, or one per rank that owns any of its experts."""
-    return spec.top_k if combine == "route" else min(spec.top_k, spec.world_size)
+def pool_rows(spec: MoESpec, combine: Combine) -> int:
+    """Rows of other ranks that may wait for each other to be summed: what uniform routing sends, and a little more.
+
+    Where more come, those of the farthest sources go back one by one.
+    """
+    if combine == "route" or spec.world_size == 1:
+        return 0
+    routes, others = spec.max_tokens * spec.top_k, spec.world_size - 1
+    return min(routes * others, ceil_div(routes * others, spec.world_size) + routes // 16 + 32 * spec.top_k)
 
 
 @dataclass(frozen=True)
@@ -218,16 +225,14 @@ class SchedulePlan:
 
     Attributes:
         rows: most expert rows of a call.
-        rows_per_source: most of them that one source rank sends.
         blocks: most M-blocks of a call.
         lag, max_panel, ring_slots: as :class:`~flashmoe_gen.Schedule` has ``lag``, ``panel`` and ``ring``, none of them open.
         column_bits_at, done_parts_at, routes_done_at: word offsets in a counter set.
         set_words: words of a counter set.
-        staged: whether rows wait here until all of a token's are done (``combine="rank"``).
+        pool_rows: as :func:`pool_rows`.
     """
 
     rows: int
-    rows_per_source: int
     blocks: int
     lag: int
     max_panel: int
@@ -236,13 +241,12 @@ class SchedulePlan:
     done_parts_at: int
     routes_done_at: int
     set_words: int
-    staged: bool
+    pool_rows: int
 
     def arguments(self) -> dict[str, int]:
         """The fields of ``MoEArgs`` that it decides."""
-        names = ("lag", "max_panel", "ring_slots", "column_bits_at", "done_parts_at", "routes_done_at", "set_words")
-        same = {name: getattr(self, name) for name in names}
-        return {**same, "staged_stride": self.rows_per_source, "combine_by_rank": int(self.staged)}
+        names = ("lag", "max_panel", "ring_slots", "column_bits_at", "done_parts_at", "routes_done_at", "set_words", "pool_rows")
+        return {name: getattr(self, name) for name in names}
 
 
 def plan_schedule(
@@ -271,8 +275,8 @@ def plan_schedule(
     column_bits_at = COUNTERS.size // 4
     done_parts_at = column_bits_at + blocks * plan.column_words
     routes_done_at = done_parts_at + blocks
-    staged = combine == "rank"
-    set_words = ceil_div(routes_done_at + (spec.world_size * spec.max_tokens if staged else 0), 4) * 4
+    pool = pool_rows(spec, combine)
+    set_words = ceil_div(routes_done_at + pool, 4) * 4
     require_counts(
         f"max_tokens={spec.max_tokens} with top_k={spec.top_k} on world_size={spec.world_size} ranks",
         rows=rows,
@@ -280,7 +284,7 @@ def plan_schedule(
         counter_words=set_words,
     )
     return SchedulePlan(
-        rows, per_source, blocks, lag, max_panel, ring_slots, column_bits_at, done_parts_at, routes_done_at, set_words, staged
+        rows, blocks, lag, max_panel, ring_slots, column_bits_at, done_parts_at, routes_done_at, set_words, pool
     )
 
 

@@ -14,7 +14,7 @@ from .values import INT32_MAX, choice, flag, integer, number
 
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
-MAX_WORLD_SIZE = 8
+MAX_WORLD_SIZE = 64
 MAX_TOKENS = (1 << 24) - 1  # a list entry holds the token in 24 bits
 
 _CHOICES = {

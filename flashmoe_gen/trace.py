@@ -11,7 +11,7 @@ import numpy as np
 from .args import TRACE_EVENT, WORKS
 from .errors import SpecError, TraceRoomError
 from .launch.target import Memory
-from .layout import WorkspaceLayout
+from .layout import Region
 
 Events = np.ndarray[Any, Any]
 _WORK = {name: number for number, name in enumerate(WORKS)}
@@ -19,16 +19,16 @@ _TILES = ("gemm1", "gemm2")
 _EVENTS = [("party", "i4"), ("track", "i4"), ("work", "u4"), ("what", "u4", (2,)), ("start", "u8"), ("end", "u8")]
 
 
-def take(workspace: Memory, layout: WorkspaceLayout, room: int, tracks: int) -> Events:
+def take(memory: Memory, regions: dict[str, Region], room: int, tracks: int) -> Events:
     """The events since the last time; see :meth:`flashmoe_gen.MoELayer.take_trace`.
 
     Raises:
         TraceRoomError: there was no room for all events.
     """
-    kept, counted = (layout.regions[name] for name in ("trace", "trace_counts"))
-    counts = workspace.read(counted.offset, counted.bytes).view(np.uint32)
-    events = workspace.read(kept.offset, kept.bytes).view(TRACE_EVENT.dtype).reshape(len(counts), room)
-    workspace.fill(counted.offset, counted.bytes, 0)
+    kept, counted = (regions[name] for name in ("trace", "trace_counts"))
+    counts = memory.read(counted.offset, counted.bytes).view(np.uint32)
+    events = memory.read(kept.offset, kept.bytes).view(TRACE_EVENT.dtype).reshape(len(counts), room)
+    memory.fill(counted.offset, counted.bytes, 0)
     if counts.max() > room:
         raise TraceRoomError(room, int(counts.max()))
     held = np.arange(room) < counts[:, None]

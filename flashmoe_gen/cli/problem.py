@@ -16,7 +16,7 @@ from ..errors import FlashMoEError, SpecError
 from ..experts import Experts
 from ..fused import launch_shape
 from ..launch.target import Target
-from ..layout import HeapLayout, HeapNeeds, WorkspaceLayout
+from ..layout import HeapLayout, HeapNeeds, ScratchLayout, layer_regions, total_bytes
 from ..plan import plan_schedule, resolve_combine
 from ..programs import plan_kernel, resolve
 from ..spec import MoESpec, Placement
@@ -89,7 +89,7 @@ def ranks_of(spec: MoESpec) -> str:
 def runtime_bytes(
     spec: MoESpec, tile: TileConfig, schedule: Schedule, target: Target, trace_events: int = 0
 ) -> tuple[int, int]:
-    """Bytes of the symmetric heap and of the workspace, on the rank that holds most experts.
+    """Bytes of the symmetric heap, and of the scratch and what a layer has for itself, on the rank that holds most experts.
 
     A GPU's kernel is not there yet: it is taken to have the blocks that its registers are planned for.
     """
@@ -99,11 +99,9 @@ def runtime_bytes(
     plan = plan_kernel(spec, tile, arch)
     combine = resolve_combine(spec, schedule, resolve(spec, tile.program, arch).default_combine)
     order = plan_schedule(spec, tile, plan, schedule, combine=combine, local_experts=local, processors=processors)
-    workspace = WorkspaceLayout.of(
-        spec, tile, plan, order, local_experts=local, planners=workers - target.system_workers,
-        tracks=workers * plan.tracks, trace_events=trace_events,
-    )  # fmt: skip
-    return HeapLayout.of(HeapNeeds.of(spec, combine), spec.world_size).bytes, workspace.bytes
+    scratch = ScratchLayout.of(spec, tile, plan, order, local_experts=local, planners=workers - target.system_workers)
+    own = total_bytes(layer_regions(workers * plan.tracks, trace_events))
+    return HeapLayout.of(HeapNeeds.of(spec), spec.world_size).bytes, scratch.needs.bytes + own
 
 
 def working_bytes(spec: MoESpec) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from ..errors import CommError, SpecError
 from ..launch.target import Memory, Target
 from ..layout import HeapLayout, HeapNeeds
+from ..scratch import Scratches
 from .base import Called, Launch, Restarts, Transport
 from .calls import Calls
 
@@ -42,6 +43,7 @@ class Communicator:
         self.lock = threading.RLock()  # held by whoever uses what the rank's calls use
         self._inside: Callable[[], object] = _nothing  # what lives as long as a call of this rank
         self._stream: Any = None  # of the last launch
+        self.scratches = Scratches()  # what its layers share
         _communicators.add(self)
 
     def __repr__(self) -> str:

@@ -31,7 +31,7 @@ PTX = (
 PROTOCOL = tuple(
     f"protocol/{part}.cuh"
     for part in (
-        "queue", "call", "trace", "delay", "send", "scan", "planner", "dispatch", "subscriber", "rows", "scheduler", "processor",
+        "queue", "call", "trace", "delay", "send", "scan", "planner", "dispatch", "subscriber", "rows", "counts", "scheduler", "processor",
         "slot", "combine", "leave", "kernel",
     )
 )  # fmt: skip

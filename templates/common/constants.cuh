@@ -42,4 +42,4 @@ constexpr int kIntermediateColumns = kPhases[u32(TaskKind::gemm1)].tile_columns;
 constexpr int kPartColumns = kIntermediateColumns / kCluster;  // progress is counted in parts of column tiles
 constexpr int kChunkTokens = ${plan.chunk_tokens};  // tokens of one dispatch task; fixed for every kernel of a heap
 constexpr int kPlannerTokens = ${plan.planner_tokens};  // fewest tokens worth a planner of their own
-constexpr int kMaxWorldSize = ${plan.max_world_size};
+constexpr int kCounts = ${plan.count_header};  // words of a source before its rows per expert slot; fixed as well

@@ -72,8 +72,7 @@ DEVICE void backoff(u32 polls) {
 DEVICE u64 now_ns() { return globaltimer(); }
 DEVICE constexpr bool stopped() { return false; }  // who ends a call on a GPU early writes into its control page
 DEVICE u32 trace_track() { return threadIdx.x / 32; }
-DEVICE int popcount(u32 bits) { return __popc(bits); }
-DEVICE int lowest_bit(u32 bits) { return __ffs(int(bits)) - 1; }
+DEVICE int lowest_bit(u64 bits) { return __ffsll((long long)(bits)) - 1; }
 
 // What a lane acquired or stored before sync(), broadcast() or any() is ordered before what any lane does after it.
 struct WarpGroup {
@@ -94,6 +93,12 @@ struct WarpGroup {
     __syncwarp();
     return result;
   }
+  DEVICE u32 votes(bool predicate) const {  // a bit per lane
+    const u32 result = __ballot_sync(kAll, predicate);
+    __syncwarp();
+    return result;
+  }
+  DEVICE u32 either(u32 bits) const { return __reduce_or_sync(kAll, bits); }  // of all lanes
   DEVICE u32 leading(bool predicate) const {  // lanes before the first false
     return u32(__clz(int(__brev(~__ballot_sync(kAll, predicate)))));
   }

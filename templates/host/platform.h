@@ -80,8 +80,7 @@ DEVICE void backoff(u32) { runtime->yield(); }
 DEVICE bool stopped() { return runtime->stop != nullptr && load_relaxed(runtime->stop) != 0; }
 DEVICE u64 now_ns() { return runtime->now_ns(); }
 DEVICE u32 trace_track() { return 0; }
-DEVICE int popcount(u32 bits) { return __builtin_popcount(bits); }
-DEVICE int lowest_bit(u32 bits) { return __builtin_ctz(bits); }
+DEVICE int lowest_bit(u64 bits) { return __builtin_ctzll(bits); }
 
 struct Group {
   static constexpr int lane = 0;
@@ -90,6 +89,8 @@ struct Group {
   template <class T>
   T broadcast(T value, int) const { return value; }
   bool any(bool predicate) const { return predicate; }
+  u32 votes(bool predicate) const { return predicate; }                                  // a bit per lane
+  u32 either(u32 bits) const { return bits; }                                            // of all lanes
   u32 leading(bool predicate) const { return predicate; }                                // lanes before the first false
   u32 exclusive_count(bool predicate, u32* total) const { *total = predicate; return 0; }  // true lanes before mine
   void add(u32* word, u32 value) const { *word += value; }

@@ -4,6 +4,15 @@
 // waits for the counts of every rank.
 
 constexpr u32 kAllChunks = 0x7fffffffu;
+constexpr u32 kRowIsBack = 1, kSumIsBack = 2;  // values of a return word: the row of its route, or of all that its owner has
+
+// 0 means never written. The turn of the counter keeps the parity alternating.
+DEVICE u32 next_epoch(u32 epoch) { return epoch == 0xffffffffu ? 2 : epoch + 1; }
+
+DEVICE int source_at(const MoEArgs& args, int distance) {
+  const int source = args.rank + distance;
+  return source < args.world_size ? source : source - args.world_size;
+}
 
 struct Call {
   const MoEArgs& args;
@@ -14,37 +23,40 @@ struct Call {
   u32 parties;  // how many call leave()
   Role role;
   u32* set;       // this call's counters and the arrays behind them
-  u32* next_set;  // the ones to clear
+  u32* next_set;  // the ones to clear,
+  u32 used;       // as far as the last call that had them may have changed them
 
   DEVICE Counters& counters() const { return *reinterpret_cast<Counters*>(set); }
   DEVICE u32* column_bits(u32 serial) const { return set + args.column_bits_at + u64(serial) * kColumnWords; }
   DEVICE u32* done_parts(u32 serial) const { return set + args.done_parts_at + serial; }
-  DEVICE u32* routes_done(int source, int token) const {
-    return set + args.routes_done_at + u64(source) * args.max_tokens + token;
-  }
+  DEVICE u32* routes_done(u32 place) const { return set + args.routes_done_at + place; }  // by place in the pool
   DEVICE u64 word(u32 value) const { return (u64(epoch) << 32) | value; }
 
   template <class T>
   DEVICE T* heap(int rank, u64 at) const { return reinterpret_cast<T*>(args.peers[rank] + at); }
-  // Words and lists that `source` writes in the heap of `rank`; all but the lists are doubled by parity.
-  DEVICE u64* count_words(int rank, int source) const {  // [0] the source's tokens, [1 + slot] rows for that expert
-    return heap<u64>(rank, args.counts_at) + (u64(parity) * kMaxWorldSize + source) * args.count_stride;
+  // What `source` writes in the heap of `rank`; the words are doubled by parity.
+  DEVICE u64 twin(int source) const { return u64(parity) * args.world_size + source; }
+  DEVICE u64* count_words(int rank, int source) const {  // [0] the source's tokens, [1] its tag, [kCounts + slot] rows
+    return heap<u64>(rank, args.counts_at) + twin(source) * args.count_stride;
   }
+  DEVICE u64* list_word(int rank, int source) const { return heap<u64>(rank, args.list_signals_at) + twin(source); }
   DEVICE u64* chunk_words(int rank, int source) const {
-    return heap<u64>(rank, args.chunk_signals_at) + (u64(parity) * kMaxWorldSize + source) * args.chunk_stride;
+    return heap<u64>(rank, args.chunk_signals_at) + twin(source) * args.chunk_stride;
   }
   DEVICE ListEntry* list(int rank, int source) const {
     return heap<ListEntry>(rank, args.lists_at) + u64(source) * args.list_stride;
   }
-  DEVICE int* ordinals(int rank, int source) const {
-    return heap<int>(rank, args.ordinals_at) + u64(source) * args.list_stride;
+  DEVICE Summand* summands(int rank, int source) const {
+    return heap<Summand>(rank, args.summands_at) + u64(source) * args.list_stride;
   }
+  DEVICE AbortRecord* failure(int rank, int source) const { return heap<AbortRecord>(rank, args.failures_at) + source; }
   DEVICE Sent* received_row(int rank, int source, int token) const {
     const u64 place = source < rank ? source : source - 1;  // a rank keeps no room for its own rows
     return row_at(heap<Sent>(rank, args.rows_at + place * args.source_stride), token, kSentRowBytes);
   }
-  // What comes back to `rank` for one of its tokens: a row and its word, written by the owner of the expert.
-  DEVICE u64 return_index(int token, int slot) const { return u64(token) * args.return_slots + slot; }
+  // What comes back to `rank` for a route of one of its tokens: a row and its word, written by the owner of the expert. An owner
+  // that sums uses the slot of the token's first route there.
+  DEVICE u64 return_index(int token, int slot) const { return u64(token) * kTopK + slot; }
   DEVICE Returned* return_row(int rank, int token, int slot) const {
     return row_at(heap<Returned>(rank, args.returns_at), return_index(token, slot), kReturnedRowBytes);
   }
@@ -55,15 +67,22 @@ struct Call {
 };
 
 DEVICE Call begin_call(const MoEArgs& args, u32 party, u32 parties, Role role) {
-  const u32 epoch = load_relaxed(&reinterpret_cast<Control*>(args.peers[args.rank])->epoch) + 1;
-  const u32 turn = load_relaxed(&args.state->calls) & 1;
+  const u32 epoch = next_epoch(load_relaxed(&reinterpret_cast<Control*>(args.peers[args.rank])->epoch));
+  const u32 turn = load_relaxed(&args.scratch_state->calls) & 1;
   int tokens = args.tokens;
   if (args.num_tokens != nullptr) {
     const int asked = *args.num_tokens;
     tokens = asked < 0 ? 0 : asked < tokens ? asked : tokens;
   }
-  return Call{args, epoch, epoch & 1, tokens, party, parties, role, args.counter_sets + u64(turn) * args.set_words,
-              args.counter_sets + u64(turn ^ 1) * args.set_words};
+  return Call{args, epoch, epoch & 1, tokens, party, parties, role, args.counter_sets + turn * args.set_stride,
+              args.counter_sets + (turn ^ 1) * args.set_stride, load_relaxed(&args.scratch_state->used[turn ^ 1])};
+}
+
+// {epoch, entered} of the control page. A processor that begins a call counts itself, and must find the epoch that its threads
+// have read, with room for it: else another launch of this rank runs at the same time.
+DEVICE u64* entered_word(const Call& call) { return reinterpret_cast<u64*>(&call.control()->entered); }
+DEVICE bool is_alone(const Call& call, u64 entered, u32 processors) {
+  return next_epoch(u32(entered >> 32)) == call.epoch && u32(entered) < processors;
 }
 
 DEVICE bool aborted(const Call& call) { return load_relaxed(&call.control()->aborted) != 0 || stopped(); }

@@ -32,6 +32,14 @@ struct WeightedRows {
   int row[kTopK];  // -1: none
   Acc weight[kTopK];
 
+  // Routes whose row is a sum with all weights in it, and routes that are in the sum of another: a bit each.
+  DEVICE void take_sums(u32 sums, u32 gone) {
+#pragma unroll
+    for (int j = 0; j < kTopK; ++j) {
+      if ((sums >> j & 1) != 0) weight[j] = Acc(1);
+      if ((gone >> j & 1) != 0) row[j] = -1;
+    }
+  }
   template <int kMost>
   DEVICE Vector sum(int column) const {
     constexpr int kBatch = kTopK < kMost ? kTopK : kMost;  // rows read before the first is added
@@ -51,29 +59,32 @@ struct WeightedRows {
   }
 };
 
-// Combine by rank: all of the token's rows on this rank are staged; send their sum, rounded once.
-DEVICE WeightedRows staged_rows(const Call& call, int source, int token) {
+// All of a token's rows on this rank are in the pool from `first` on, in route order.
+DEVICE WeightedRows staged_rows(const Call& call, u32 first, u32 count) {
   const MoEArgs& args = call.args;
-  const ListEntry* const list = call.list(args.rank, source);
   WeightedRows rows;
-  rows.matrix = row_at(args.staged_rows, source * args.staged_stride, kReturnedRowBytes);
+  rows.matrix = row_at(args.staged_rows, first, kReturnedRowBytes);
 #pragma unroll
-  for (int j = 0; j < kTopK; ++j) rows.row[j] = call.ordinals(args.rank, source)[u64(token) * kTopK + j];
-#pragma unroll
-  for (int j = 0; j < kTopK; ++j) rows.weight[j] = !kWeightOnSum || rows.row[j] < 0 ? Acc(1) : Acc(list[rows.row[j]].weight);
+  for (int j = 0; j < kTopK; ++j) {
+    rows.row[j] = u32(j) < count ? j : -1;
+    rows.weight[j] = kWeightOnSum && u32(j) < count ? Acc(args.staged_entries[first + j].weight) : Acc(1);
+  }
   return rows;
 }
 
+// Send their sum, rounded once, into the slot of the first of its routes here.
 template <class Group>
-DEVICE void return_sum(Group& group, const Call& call, int source, int token, int slot) {
-  const WeightedRows rows = staged_rows(call, source, token);
+DEVICE void return_sum(Group& group, const Call& call, int source, u32 first, u32 count) {
+  const WeightedRows rows = staged_rows(call, first, count);
+  const u32 token_slot = call.args.staged_entries[first].token_slot;
+  const int token = int(token_slot >> 8), slot = int(token_slot & 255u);
   const auto put = [&] {
     Returned* const out = call.return_row(source, token, slot);
 #pragma unroll 1
     for (int column = group.lane * kVector; column < kHidden; column += group.size * kVector)
       send_part(reinterpret_cast<Vector*>(out + column), rows.sum<4>(column));
   };
-  send_segments(group, call, put, 1, [&](int) { return call.return_word(source, token, slot); });
+  send_segments(group, call, put, 1, [&](int) { return call.return_word(source, token, slot); }, kSumIsBack);
 }
 
 // The finisher of an M-block: publish its rows [first, last) to their sources. Pairs with wait_returns().
@@ -81,64 +92,78 @@ template <class Group>
 DEVICE void return_rows(Group& group, const Call& call, const ReadyBlock& block, int first, int last) {
   const Span span(call, Work::return_rows, group.lane == 0, block.serial);
   delay(call);
-  const MoEArgs& args = call.args;
-  if (!args.combine_by_rank) {
-    const Signals signals{call};
+  const Signals signals{call};
+  if (call.args.pool_rows == 0) {
     each_row(group, call, block, first, last, [&](int, const Row& row) {
-      signals.raise(call.return_word(row.source, row.token(), row.slot()));
+      signals.raise(call.return_word(row.source, row.token(), row.slot()), kRowIsBack);
     });
     return;
   }
   for (int start = first; start < last; start += group.size) {
     const int i = start + group.lane;
     Row row{};
+    Pooled in_pool{};
     bool complete = false;
     if (i < last) {
       row = find_row(call, block.expert_slot, block.first_row + i);
-      const int* ordinals = call.ordinals(args.rank, row.source) + u64(row.token()) * kTopK;
-      u32 routes = 0;
-      for (int j = 0; j < kTopK; ++j) routes += ordinals[j] >= 0;
-      complete = fetch_add_acq_rel(call.routes_done(row.source, row.token()), 1u) + 1 == routes;
+      in_pool = pooled(call, row);
+      if (in_pool.waits()) {
+        call.args.staged_entries[in_pool.place()] = row.entry;
+        complete = fetch_add_acq_rel(call.routes_done(in_pool.first), 1u) + 1 == in_pool.count;
+      } else {
+        signals.raise(call.return_word(row.source, row.token(), row.slot()), kRowIsBack);
+      }
     }
 #pragma unroll 1
     for (int lane = 0; lane < group.size; ++lane) {
       if (group.broadcast(u32(complete), lane) == 0) continue;
-      return_sum(group, call, group.broadcast(row.source, lane), group.broadcast(row.token(), lane),
-                 group.broadcast(row.slot(), lane));
+      return_sum(group, call, group.broadcast(row.source, lane), group.broadcast(in_pool.first, lane),
+                 group.broadcast(in_pool.count, lane));
     }
   }
 }
 
-// What comes back for a token: a row per live route, or per owner when the owners have summed.
+// What comes back for a token, as far as it is known in advance: a row per live route.
 DEVICE WeightedRows returned_rows(const Call& call, int token) {
   const MoEArgs& args = call.args;
-  const bool weighted = kWeightOnSum && !args.combine_by_rank;
   WeightedRows rows;
   rows.matrix = call.return_row(args.rank, token, 0);
-  u32 seen = 0;
 #pragma unroll
   for (int j = 0; j < kTopK; ++j) {
-    const int target = args.route_target[u64(token) * kTopK + j];
-    rows.weight[j] = weighted ? Acc(args.topk_weights[u64(token) * kTopK + j]) : Acc(1);
-    rows.row[j] = target < 0 ? -1 : target & 255;
-    if (target < 0 || !args.combine_by_rank) continue;
-    if ((seen >> rows.row[j] & 1) != 0) rows.row[j] = -1;
-    else seen |= 1u << rows.row[j];
+    rows.weight[j] = kWeightOnSum ? Acc(args.topk_weights[u64(token) * kTopK + j]) : Acc(1);
+    rows.row[j] = args.route_owner[u64(token) * kTopK + j] < 0 ? -1 : j;
   }
   return rows;
 }
 
-// Wait until every row of the token is back, lane j for route j. False when the call is aborted.
+// The first route of the token that has the owner of route j.
+DEVICE int first_route(const int* owners, int j) {
+  int first = j;
+  for (int i = j - 1; i >= 0; --i)
+    if (owners[i] == owners[j]) first = i;
+  return first;
+}
+
+// Wait until every row of the token is back, lane j for route j; owners say whether they have summed. False when the call is
+// aborted.
 template <class Group>
-DEVICE bool wait_returns(Group& group, const Call& call, int token) {
+DEVICE bool wait_returns(Group& group, const Call& call, int token, WeightedRows& rows) {
   const Span span(call, Work::wait_returns, group.lane == 0, u32(token));
+  const int rank = call.args.rank;
+  const int* const owners = call.args.route_owner + u64(token) * kTopK;
   bool here = true;
+  u32 sums = 0, gone = 0;  // routes whose slot holds a sum, and the others that are in one
   for (int j = group.lane; here && j < kTopK; j += group.size) {
-    const int target = call.args.route_target[u64(token) * kTopK + j];
-    if (target >= 0)
-      here = wait_word(call, Await::returns, u32(target >> 8), call.return_word(call.args.rank, token, target & 255));
+    if (owners[j] < 0) continue;
+    const int first = owners[j] == rank ? j : first_route(owners, j);
+    u32 what = 0;
+    here = wait_word(call, Await::returns, u32(owners[j]), call.return_word(rank, token, first), &what);
+    if (what == kSumIsBack) (first == j ? sums : gone) |= 1u << j;
+    else if (first != j) here = here && wait_word(call, Await::returns, u32(owners[j]), call.return_word(rank, token, j));
   }
-  return !group.any(!here);
+  if (group.any(!here)) return false;
+  if (call.args.world_size > 1) rows.take_sums(group.either(sums), group.either(gone));
+  return true;
 }
 
 // Columns [first, last) of y for a token.
@@ -164,8 +189,8 @@ DEVICE void combine(Group& group, const Call& call, int groups) {
     piece = group.broadcast(piece, 0);
     const int token = int(piece / u32(pieces)), first = int(piece % u32(pieces)) * columns;
     if (token >= call.tokens || stopped()) return;
-    const WeightedRows rows = returned_rows(call, token);
-    if (!wait_returns(group, call, token)) return;
+    WeightedRows rows = returned_rows(call, token);
+    if (!wait_returns(group, call, token, rows)) return;
     combine_columns(group, call, token, rows, first, first + columns < kHidden ? first + columns : kHidden);
   }
 }

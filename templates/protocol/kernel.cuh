@@ -18,15 +18,20 @@ DEVICE void run_system(Party& party, const Call& call) {
 template <class Party>
 DEVICE void process(Party& party, const Call& call) {
   const int planners = num_planners(call, party.processors());
+  u64 entered = 0;  // looked at later: it takes a while to come
+  if (party.group.lane == 0) entered = fetch_add_relaxed(entered_word(call), u64(1));
   bool able = true;
   if (party.processor() < planners)
     able = plan_routes(party.group, call, party.processor(), planners, party.template scratch<PlannerScratch>());
+  if (party.group.lane == 0 && !is_alone(call, entered, u32(party.processors())))
+    abort_call(call, Await::launch, 0, call.word(u32(party.processors())), entered);
   typename Party::Lanes lanes;
   able = able && !party.group.any(!dispatch(lanes, call, planners));  // all lanes claim chunks for themselves
   party.run_tasks(call, able);
   // Read again rather than held in registers during the tasks.
   const Call end = party.call(Role::processor);
   if (!aborted(end)) combine(lanes, end, party.processors() * Party::kLanes);
+  else poison(party.group, end, u32(party.processor()), u32(party.processors()));  // of two launches at once only one has a last party
 }
 
 template <class Party>

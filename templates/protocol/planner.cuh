@@ -1,8 +1,9 @@
 // ---- Phase 0: count the routes, send the counts, write the lists ------------------------------------------------------
 // Each planner takes a contiguous range of tokens. It counts its routes per expert, waits for the other planners of this
 // rank, and then knows where its routes stand: a route's position among the rows of its expert from this rank, in
-// token order. Counts go to every rank at once; the list entry of a route goes straight into the owner's heap, sorted by
-// expert, so the owner builds M-blocks from the counts alone. Experts are numbered here by position: rank by rank, slot by slot.
+// token order. Counts go to every rank at once; list entries are sorted by expert, so the owner builds M-blocks from the counts
+// alone. Those of this rank's own experts go into its heap, the others lie here, owner by owner, until dispatch sends them.
+// Experts are numbered here by position: rank by rank, slot by slot.
 
 constexpr int kTallies = int(sizeof(PlannerScratch::tally) / sizeof(u32));
 constexpr u32 kNoRoute = 0xffffffffu;
@@ -12,31 +13,10 @@ DEVICE int num_planners(const Call& call, int most) {
   return wanted < 1 ? 1 : wanted < most ? wanted : most;
 }
 
-DEVICE int owner_of(const MoEArgs& args, int position) {
-  int owner = 0;
-  while (position >= args.owner_first[owner + 1]) ++owner;
-  return owner;
-}
-
 // The position of a route's expert, kNoRoute when it is masked (id < 0) or not an expert at all.
 DEVICE u32 route_position(const MoEArgs& args, u64 route) {
   const int id = args.topk_ids[route];
   return id < 0 || id >= args.num_experts ? kNoRoute : u32(args.expert_position[id]);
-}
-
-// The slot of the row that comes back for a route: its place in the token (combine by route), or its owner's place among
-// the token's owners (combine by rank).
-DEVICE int return_slot(const MoEArgs& args, u64 token, int j, int owner) {
-  if (!args.combine_by_rank) return j;
-  u32 before = 0;
-  for (int i = 0; i < kTopK; ++i) {
-    const u32 position = route_position(args, token * kTopK + i);
-    if (position == kNoRoute) continue;
-    const int other = owner_of(args, int(position));
-    if (other == owner) break;
-    before |= 1u << other;
-  }
-  return popcount(before);
 }
 
 template <class Group>
@@ -72,12 +52,40 @@ DEVICE void send_counts(Group& group, const Call& call, int planner, int planner
   const MoEArgs& args = call.args;
   delay(call);
   for (int q = planner * group.size + group.lane; q < args.num_experts; q += planners * group.size) {
-    const int owner = owner_of(args, q);
-    send_word(call, call.count_words(owner, args.rank) + 1 + (q - args.owner_first[owner]), total[q]);
+    const int owner = args.position_owner[q];
+    send_word(call, call.count_words(owner, args.rank) + kCounts + (q - args.owner_first[owner]), total[q]);
   }
   if (planner != 0) return;
-  for (int rank = group.lane; rank < args.world_size; rank += group.size)
+  for (int rank = group.lane; rank < args.world_size; rank += group.size) {
+    send_word(call, call.count_words(rank, args.rank) + 1, args.tag);
     send_word(call, call.count_words(rank, args.rank), u32(call.tokens));
+  }
+}
+
+// Where the list of each owner begins among all that is sent, and how many of its routes the planners before have.
+template <class Group>
+DEVICE void plan_owners(Group& group, const Call& call, int planner, u32 all, PlannerScratch& scratch) {
+  const MoEArgs& args = call.args;
+  for (int owner = group.lane; owner < args.world_size; owner += group.size) {
+    const int begin = args.owner_first[owner], end = args.owner_first[owner + 1];
+    u32 placed = 0;
+    for (int q = begin; q < end; ++q) placed += scratch.base[q] < u32(args.capacity) ? scratch.base[q] : u32(args.capacity);
+    scratch.placed[owner] = placed;
+    if (planner == 0) args.outgoing_first[owner] = begin < args.num_experts ? scratch.offset[begin] : all;
+  }
+  if (planner == 0 && group.lane == 0) args.outgoing_first[args.world_size] = all;
+  group.sync();
+}
+
+// The next numbers of counters, in route order: a planner's warps take them one after the other.
+template <class Group>
+DEVICE u32 take_in_order(Group& group, u32* counters, u32 which, bool valid, u64 start, u64 last) {
+  u32 number = 0;
+  for (int warp = 0; warp < group.warps && start + u64(warp) * group.kWarpLanes < last; ++warp) {
+    if (warp == group.warp_index()) number = group.take_numbers(counters, which, valid);
+    group.sync();
+  }
+  return number;
 }
 
 template <class Group>
@@ -88,28 +96,22 @@ DEVICE void write_lists(Group& group, const Call& call, u64 first, u64 last, Pla
   for (u64 start = first; start < last; start += group.size) {
     const u64 route = start + group.lane;
     const u32 q = route < last ? route_position(args, route) : kNoRoute;
-    u32 position = 0;
-    for (int warp = 0; warp < group.warps && start + u64(warp) * group.kWarpLanes < last; ++warp) {  // in route order
-      if (warp == group.warp_index()) position = group.take_numbers(scratch.base, q, q != kNoRoute);
-      group.sync();
-    }
-    if (route < last) {
-      const u64 token = route / kTopK;
-      const int j = int(route % kTopK);
-      const int owner = q == kNoRoute ? -1 : owner_of(args, int(q));
-      const bool live = q != kNoRoute && position < u32(args.capacity);
-      const u32 ordinal = live ? scratch.offset[q] - scratch.offset[args.owner_first[owner]] + position : 0;
-      routes += live;
-      dropped += q != kNoRoute && !live;
-      const int slot = live ? return_slot(args, token, j, owner) : 0;
-      args.route_target[route] = live ? owner << 8 | slot : -1;
-      if (live) {
-        const ListEntry entry{u32(token) << 8 | u32(slot), args.topk_weights[route]};
-        send_part(call.list(owner, args.rank) + ordinal, entry);
-      }
-      if (args.combine_by_rank) {  // each owner finds all its routes of a token here, in route order
-        for (int rank = 0; rank < args.world_size; ++rank)
-          send_part(call.ordinals(rank, args.rank) + route, live && rank == owner ? int(ordinal) : -1);
+    const u32 position = take_in_order(group, scratch.base, q, q != kNoRoute, start, last);
+    const bool live = q != kNoRoute && position < u32(args.capacity);
+    const int owner = live ? args.position_owner[q] : -1;
+    u32 place = 0;  // among the routes to the owner
+    if (args.world_size > 1) place = take_in_order(group, scratch.placed, u32(owner), live, start, last);
+    routes += live;
+    dropped += q != kNoRoute && !live;
+    if (route < last) args.route_owner[route] = owner;
+    if (live) {
+      const ListEntry entry{u32(route / kTopK) << 8 | u32(route % kTopK), args.topk_weights[route]};
+      const u32 ordinal = scratch.offset[q] + position;
+      if (owner == args.rank) {
+        send_part(call.list(owner, owner) + (ordinal - scratch.offset[args.owner_first[owner]]), entry);
+      } else {
+        args.outgoing_list[ordinal] = entry;
+        args.outgoing_summands[ordinal] = Summand{place, 0};
       }
     }
   }
@@ -169,7 +171,8 @@ DEVICE bool plan_routes(Group& group, const Call& call, int planner, int planner
   }
   group.sync();
   send_counts(group, call, planner, planners, scratch.count);
-  exclusive_scan(group, scratch.offset, args.num_experts);
+  const u32 all = exclusive_scan(group, scratch.offset, args.num_experts);
+  if (args.world_size > 1) plan_owners(group, call, planner, all, scratch);
   write_lists(group, call, first, last, scratch);
   group.sync();
   delay(call);

@@ -11,13 +11,20 @@ struct Row {
   DEVICE int slot() const { return int(entry.token_slot & 255u); }
 };
 
-DEVICE int source_at(const MoEArgs& args, int distance) {
-  const int source = args.rank + distance;
-  return source < args.world_size ? source : source - args.world_size;
+// The segments of an expert by distance, nearest first.
+DEVICE Segment* segments_of(const Call& call, u32 expert_slot) {
+  return call.args.segments + u64(expert_slot) * call.args.world_size;
 }
 
-DEVICE Segment& segment(const Call& call, int source, u32 expert_slot) {
-  return call.args.segments[u64(source) * call.args.local_experts + expert_slot];
+// The distance of the source that has the row at `position` of the expert: the last one that starts there or before.
+DEVICE int distance_of(const Call& call, const Segment* segments, u32 position) {
+  int low = 0, high = call.args.world_size - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (segments[middle].start <= position) low = middle;
+    else high = middle - 1;
+  }
+  return low;
 }
 
 // Rows of an expert that follow each other in the list of one source.
@@ -29,14 +36,10 @@ struct Run {
 
 // From `position` among the expert's rows to the end of its source's.
 DEVICE Run find_run(const Call& call, u32 expert_slot, u32 position) {
-  int distance = 0;
-  while (true) {
-    const int source = source_at(call.args, distance);
-    const Segment theirs = segment(call, source, expert_slot);
-    if (position < theirs.rows) return Run{source, theirs.first + position, theirs.rows - position};
-    position -= theirs.rows;
-    ++distance;
-  }
+  const Segment* const segments = segments_of(call, expert_slot);
+  const Segment theirs = segments[distance_of(call, segments, position)];
+  const u32 inside = position - theirs.start;
+  return Run{int(theirs.source), theirs.first + inside, theirs.rows - inside};
 }
 
 DEVICE Row find_row(const Call& call, u32 expert_slot, u32 position) {
@@ -74,10 +77,29 @@ DEVICE const Input* input_row(const Call& call, const Row& row) {
   return call.received_row(call.args.rank, row.source, row.token());
 }
 
-// Where the expert's result goes: back to the source (combine by route), or staged until the owner has all of the token's.
+// Rows that a token of another rank has here, if it has several and the pool has room for its source's: they wait there, next to
+// each other and in route order, until all are done, and go back as one.
+constexpr u32 kNoRoom = 0xffffffffu;
+struct Pooled {
+  u32 first;  // place of the token's first row in the pool
+  u32 index;  // which of them this row is
+  u32 count;  // how many they are; below 2 the row goes back as it is
+
+  DEVICE bool waits() const { return count > 1; }
+  DEVICE u32 place() const { return first + index; }
+};
+
+DEVICE Pooled pooled(const Call& call, const Row& row) {
+  const MoEArgs& args = call.args;
+  if (args.pool_rows == 0 || row.source == args.rank || args.pool_first[row.source] == kNoRoom) return Pooled{0, 0, 1};
+  const Summand summand = call.summands(args.rank, row.source)[row.ordinal];
+  return Pooled{args.pool_first[row.source] + summand.first, summand.index_of >> 8, summand.index_of & 255u};
+}
+
+// Where the expert's result goes: back to the source, or into the pool.
 DEVICE Returned* output_row(const Call& call, const Row& row) {
-  if (call.args.combine_by_rank)
-    return row_at(call.args.staged_rows, row.source * call.args.staged_stride + row.ordinal, kReturnedRowBytes);
+  const Pooled in_pool = pooled(call, row);
+  if (in_pool.waits()) return row_at(call.args.staged_rows, in_pool.place(), kReturnedRowBytes);
   return call.return_row(row.source, row.token(), row.slot());
 }
 

@@ -3,41 +3,6 @@
 // `lag` panels later, or at once when processors wait for work. So a claimed task waits only for tasks with lower tickets,
 // which run: no cycle.
 
-// Wait for the counts of EVERY rank, also when there is nothing to do: it bounds how far a peer can run ahead.
-template <class Group>
-DEVICE bool gather_counts(Group& group, const Call& call, SystemScratch& scratch) {
-  const Span span(call, Work::gather_counts, group.lane == 0);
-  const MoEArgs& args = call.args;
-  const int experts = args.local_experts;
-  for (int slot = group.lane; slot < experts; slot += group.size) scratch.rows[slot] = 0;
-  for (int source = 0; source < args.world_size; ++source) {
-    const u64* words = call.count_words(args.rank, source);
-    bool here = true;
-    if (group.lane == 0) here = wait_word(call, Await::counts, u32(source), words);
-    group.sync();  // lanes that ran ahead would find each of their words missing, and wait for one after the other
-    constexpr int kBatch = 4;  // words on their way to a lane at a time; each is complete in itself
-    for (int first = group.lane; here && first < experts; first += kBatch * group.size) {
-      u64 seen[kBatch];
-      for (int i = 0; i < kBatch; ++i)
-        if (first + i * group.size < experts) seen[i] = load_relaxed(words + 1 + first + i * group.size);
-      for (int i = 0; here && i < kBatch; ++i) {
-        const int slot = first + i * group.size;
-        if (slot >= experts) break;
-        u32 rows = u32(seen[i]);
-        if (seen[i] >> 32 != call.epoch) here = wait_word(call, Await::counts, u32(source), words + 1 + slot, &rows);
-        segment(call, source, u32(slot)).rows = scratch.first_panel[slot] = rows;
-        scratch.rows[slot] += rows;
-      }
-    }
-    if (group.any(!here)) return false;
-    exclusive_scan(group, scratch.first_panel, experts);
-    for (int slot = group.lane; slot < experts; slot += group.size)
-      segment(call, source, u32(slot)).first = scratch.first_panel[slot];
-    group.sync();
-  }
-  return true;
-}
-
 // Panel `m` in expert order; `height` rows make a full one.
 DEVICE ReadyBlock panel_at(const SystemScratch& scratch, int experts, u32 height, u32 m) {
   int low = 0, high = experts - 1;  // the last expert whose first panel is <= m (experts without rows share it with the next)
@@ -63,19 +28,17 @@ DEVICE bool all_arrived(Group& group, const Call& call) {
 // Rows of a source arrive in token order, so its last row of the panel decides.
 DEVICE bool rows_arrived(const Call& call, const ReadyBlock& block) {
   const MoEArgs& args = call.args;
-  u32 start = 0;
-  for (int distance = 0; distance < args.world_size; ++distance) {
-    const int source = source_at(args, distance);
-    const Segment theirs = segment(call, source, block.expert_slot);
-    const u32 low = block.first_row > start ? block.first_row : start;
-    const u32 end = block.first_row + block.rows < start + theirs.rows ? block.first_row + block.rows : start + theirs.rows;
-    if (low < end) {
-      const u32 arrived = load_acquire<Scope::device>(&call.counters().arrived[source]);
-      if (arrived == 0) return false;  // a source's first chunk also brings its lists: not to be read before
-      const ListEntry last = call.list(args.rank, source)[theirs.first + (end - 1 - start)];
-      if ((last.token_slot >> 8) / kChunkTokens >= arrived) return false;
-    }
-    start += theirs.rows;
+  const Segment* const segments = segments_of(call, block.expert_slot);
+  const u32 end = block.first_row + block.rows;
+  for (int distance = distance_of(call, segments, block.first_row); distance < args.world_size; ++distance) {
+    const Segment theirs = segments[distance];
+    if (theirs.start >= end) break;
+    if (theirs.rows == 0) continue;
+    const u32 arrived = load_acquire<Scope::device>(&call.counters().arrived[theirs.source]);
+    if (arrived == 0) return false;  // its list may not be here yet: not to be read before
+    const u32 last = (end < theirs.start + theirs.rows ? end : theirs.start + theirs.rows) - 1 - theirs.start;
+    const ListEntry entry = call.list(args.rank, int(theirs.source))[theirs.first + last];
+    if ((entry.token_slot >> 8) / kChunkTokens >= arrived) return false;
   }
   return true;
 }

@@ -19,12 +19,12 @@ DEVICE void send_word(const Call& call, u64* to, u32 value) { remote_store(to, c
 // By a group. put() sends segments, each lane its part; then word_at(i) is the signal of one of them, for i from 0 to `signals`.
 // Null: there is none.
 template <class Group, class Put, class WordAt>
-DEVICE void send_segments(Group& group, const Call& call, Put put, int signals, WordAt word_at) {
+DEVICE void send_segments(Group& group, const Call& call, Put put, int signals, WordAt word_at, u32 value = 1) {
   put();
   group.sync();
   delay(call);
   for (int i = group.lane; i < signals; i += group.size)
-    if (u64* const word = word_at(i)) store_release<Scope::system>(word, call.word(1));
+    if (u64* const word = word_at(i)) store_release<Scope::system>(word, call.word(value));
 }
 
 // Signals of segments that other threads have sent, and this one has acquired: many at once.
@@ -32,5 +32,5 @@ struct Signals {
   const Call& call;
   Release release{};
 
-  DEVICE void raise(u64* word) const { release.store(word, call.word(1)); }
+  DEVICE void raise(u64* word, u32 value) const { release.store(word, call.word(value)); }
 };

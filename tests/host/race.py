@@ -41,7 +41,7 @@ class Bundle:
         assert not others, "one kernel per executable"
         for layer in world.layers:
             poison(layer)
-            memories = [layer._placed.workspace, *layer._placed.tables]
+            memories = [layer._placed.scratch.memory, layer._placed.memory, *layer._placed.tables.values()]
             self.buffers += [memory.array for memory in memories]
             self.buffers.append(layer.comm.record)
             self.buffers.append(layer.comm.heap_memory(layer.comm.rank).array)

@@ -80,9 +80,10 @@ def routes(spec: fmg.MoESpec, count: int, kind: str, seed: int) -> tuple[np.ndar
 
 def poison(layer: fmg.MoELayer, *, heap: bool = True) -> None:
     """Fill everything that may hold anything before a call with NaN patterns (all bits set: NaN in every dtype)."""
-    for region in layer._placed.layout.regions.values():
+    placed = layer._placed
+    for region in placed.scratch_regions.values():
         if not region.persistent:
-            layer._placed.workspace.fill(region.offset, region.bytes, 0xFF)
+            placed.scratch.memory.fill(region.offset, region.bytes, 0xFF)
     if heap:
         for region in layer.comm.heap.regions.values():
             if not region.persistent:

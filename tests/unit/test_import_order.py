@@ -24,7 +24,7 @@ ROOMS = [
     "library render",
     "compile cubin nvrtc link",
     "cache",
-    "launch arrays quick comm experts",
+    "launch arrays quick scratch comm experts",
     "call counters trace fused placed router layer",
     "tune bench compat",
     "__init__",

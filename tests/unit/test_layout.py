@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashmoe_gen as fmg
-from flashmoe_gen.layout import WorkspaceLayout
+from flashmoe_gen.layout import ScratchLayout
 from flashmoe_gen.plan import plan_schedule
 from flashmoe_gen.programs import plan_kernel
 
@@ -43,14 +43,14 @@ def test_panels_fit_the_ring_and_the_queue(
     order = plan_schedule(
         spec, tile, plan, schedule, combine="route", local_experts=local_experts, processors=processors
     )
-    layout = WorkspaceLayout.of(spec, tile, plan, order, local_experts=local_experts, planners=processors * cluster)
+    layout = ScratchLayout.of(spec, tile, plan, order, local_experts=local_experts, planners=processors * cluster)
     most, slots = order.max_panel, order.ring_slots
     assert most % cluster == 0 and cluster <= most <= slots, "a panel that never fits would never be issued"
     assert ring is None or slots <= max(ring, cluster)
-    assert layout.regions["ring"].bytes == slots * tile.block_m * spec.intermediate_size * spec.element.size
+    assert layout.rest["ring"].bytes == slots * tile.block_m * spec.intermediate_size * spec.element.size
     # The worst routing: as many experts as can be have one row, and one has the rest, whose last claim takes all it may.
     rows = max_tokens * top_k * world_size if local_experts else 0
     experts = min(local_experts, rows)
     heights = [rows - experts + 1, *[1] * (experts - 1)] if experts else []
     entries = sum(-(-height // (cluster * tile.block_m)) * cluster for height in heights)
-    assert entries <= layout.regions["appended"].bytes // 4, "an M-block would have no entry"
+    assert entries <= layout.needs.panels, "an M-block would have no entry"
