@@ -42,7 +42,7 @@ CONTROL = struct(
 )
 SCRATCH_STATE = struct(
     "ScratchState",
-    ("calls", "u32", "that used this scratch: picks the counter set"),
+    ("calls", "u32", "that used this scratch: picks the counter set", (), 16),
     ("used", "u32", "words of each set that its last call may have changed", (2,)),
     ("unused", "u32", ""),
 )

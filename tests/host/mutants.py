@@ -39,8 +39,8 @@ MUTANTS = {
         "return Pooled{summand.first,",
     ),
     "counters of another layer not cleared": (
-        "store_relaxed(&scratch->used[calls & 1], u32(call.args.set_words));",
-        "store_relaxed(&scratch->used[calls & 1], u32(sizeof(Counters) / 4));",
+        "scratch->used[calls & 1] = u32(call.args.set_words);",
+        "scratch->used[calls & 1] = u32(sizeof(Counters) / 4);",
     ),
     "epoch that becomes 0": ("return epoch == 0xffffffffu ? 2 : epoch + 1;", "return epoch + 1;"),
     "dispatch does not wait for lists": (
@@ -69,8 +69,8 @@ MUTANTS = {
     ),
     "early return of rows": (" + parts == kDoneParts;", " == 0;"),
     "idle ranks do not wait for counts": (
-        "    const u64* words = call.count_words(args.rank, source);\n    u32 tag = 0;",
-        "    const u64* words = call.count_words(args.rank, source);\n    u32 tag = 0;\n"
+        "    const u64* words = call.count_words(args.rank, source);\n    u64 tag = 0;",
+        "    const u64* words = call.count_words(args.rank, source);\n    u64 tag = 0;\n"
         "    if (args.local_experts == 0 && source != args.rank) continue;",
     ),
 }
@@ -78,7 +78,7 @@ MUTANTS = {
 
 # Bugs that show in how a call fails: the check of aborts.py that notices each.
 OF_ABORTS = {
-    "unchecked tag": ("different calls", "if (!alike || tag == args.tag) continue;", "if (!alike || tag != 0) continue;"),
+    "unchecked tag": ("different calls", "if (!alike || u32(tag) == args.tag) continue;", "if (!alike || tag != 0) continue;"),
     "peers are not told": ("peers of a rank that gives up", "    if (failed) share_failure(call);\n", ""),
     "unnoticed launch": ("launches at once", "!is_alone(call, entered, u32(party.processors()))", "false"),
     "entered without the epoch": (
