@@ -241,7 +241,7 @@ class Board(Words):
             self._posted[self._rank] = before
             fence()
             # Whoever has seen all ranks here looked twice, so if this one has come too late to leave, it sees them all here.
-            if [peer for peer in self._missing(word, what) if peer != self._rank]:
+            if [peer for peer in self._missing(word, what, sound) if peer != self._rank]:
                 raise
             self._posted[self._rank] = word
             self._number = number
@@ -250,7 +250,7 @@ class Board(Words):
         self._number = number
         fence()
 
-    def _missing(self, word: int, what: str) -> list[int]:
+    def _missing(self, word: int, what: str, sound: Callable[[], None]) -> list[int]:
         """Ranks that are not here: neither in this exchange nor in the next one.
 
         Raises:
@@ -268,6 +268,7 @@ class Board(Words):
                     _HEADER.unpack_from(self._boxes[peer][(word >> 32) % 2])[1].rstrip(b"\0").decode(errors="ignore")
                 )
                 if self._posted[peer] == posted:
+                    sound()  # it may have learnt of a failure before
                     why = f"Rank {self._rank} is in {what} where rank {peer} is in {other}."
                     self.fail(why)
                     raise CommError(f"{why} All ranks do the same in the same order.")
@@ -275,14 +276,14 @@ class Board(Words):
 
     def _await(self, word: int, what: str, seconds: float, sound: Callable[[], None]) -> None:
         start, look, pause = time.monotonic(), 0.0, 2e-5
-        while (missing := self._missing(word, what)) or (missing := self._missing(word, what)):
+        while (missing := self._missing(word, what, sound)) or (missing := self._missing(word, what, sound)):
             sound()
             now = time.monotonic()
             if now >= look:
                 look = now + _LOOK_S
                 closed = [peer for peer in missing if self._departed[peer] and what != CLOSE]
                 ended = {peer: why for peer in missing if (why := self.ended(peer))}
-                for peer in self._missing(word, what):  # the last thing it did may have been to come here
+                for peer in self._missing(word, what, sound):  # the last thing it did may have been to come here
                     if peer in closed:
                         raise CommError(f"{what} cannot be: {_closed(peer)}")
                     if peer in ended:

@@ -166,23 +166,31 @@ class ProcessTransport:
     # Collectives -----------------------------------------------------------------------------------------------------
 
     def exchange(self, value: T, what: str) -> list[T]:
-        return self._board.exchange(value, what, env.timeout_s(), lambda: self._require(what))
+        return self._exchange(value, what, env.timeout_s())
 
-    def _require(self, what: str) -> None:
-        if (self.words.closed and what != CLOSE) or what not in (RESET, CLOSE):
-            require_sound(self.words)
+    def _exchange(self, value: Any, what: str, seconds: float) -> list[Any]:
+        def sound() -> None:
+            if (self.words.closed and what != CLOSE) or what not in (RESET, CLOSE):
+                require_sound(self.words)
+
+        try:
+            return self._board.exchange(value, what, seconds, sound)
+        except Exception:
+            raise
+        except BaseException as error:  # Ctrl-C: peers may wait for this rank, which goes elsewhere
+            self.fail(f"Rank {self.rank} raised {reason(error)}")
+            raise
 
     def agree(self, what: str, value: Mapping[str, Any] | BaseException, needs: HeapNeeds | None = None) -> None:
         place, timeout = f"the making of {what}", env.timeout_s()
         deadline = max(BUILD_S, timeout) if timeout else 0.0
-        try:
-            if isinstance(value, BaseException):
-                if not isinstance(value, Exception):  # Ctrl-C does not wait
-                    return self.fail(f"Rank {self.rank} raised {reason(value)}")
-                with suppress(CommError):
-                    self._board.exchange((None, reason(value)), place, deadline, lambda: self._require(place))
-                return
-            said = self._board.exchange((dict(value), ""), place, deadline, lambda: self._require(place))
+        if isinstance(value, Exception):
+            with suppress(CommError):
+                self._exchange((None, reason(value)), place, deadline)
+        elif isinstance(value, BaseException):  # Ctrl-C does not wait
+            self.fail(f"Rank {self.rank} raised {reason(value)}")
+        else:
+            said = self._exchange((dict(value), ""), place, deadline)
             for rank, (_, why) in enumerate(said):
                 if why:
                     raise CommError(cannot(rank, what, why))
@@ -190,10 +198,6 @@ class ProcessTransport:
                 raise CommError(why)
             if needs is not None:
                 self._fit(needs)
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                self.fail(f"Rank {self.rank} raised {reason(error)}")
-            raise
 
     def await_agreement(self, what: str) -> None:
         pass  # agree() has waited
