@@ -16,6 +16,7 @@ from ..errors import SpecError, UnsupportedError
 from ..launch import cuda, streams
 from ..launch.target import LaunchShape, Prepared, Target, loaded
 
+ROW_ALIGNMENT = 16  # of tokens and matrices, in bytes
 _COUNT_THREADS = 1024
 
 
@@ -74,8 +75,10 @@ def is_capturing(stream: Any) -> bool:
     return stream is not None and streams.is_capturing(stream)
 
 
-def array_at(target: Target, name: str, pointer: object, shape: Sequence[int], dtype: str) -> Any:
+def array_at(target: Target, name: str, pointer: object, shape: Sequence[int], dtype: str, alignment: int = 1) -> Any:
     """The array at an address: CuPy's on a GPU, else NumPy's. Whoever gave the address keeps the memory.
+
+    ``alignment`` is of its first element, in bytes.
 
     Raises:
         SpecError: no address, or on a GPU one that is not of its memory.
@@ -83,10 +86,11 @@ def array_at(target: Target, name: str, pointer: object, shape: Sequence[int], d
     kind = numpy_dtype(dtype)
     nbytes = math.prod(shape) * kind.itemsize
     if isinstance(pointer, bool) or not isinstance(pointer, (int, np.integer)) or (pointer <= 0 and nbytes):
-        raise SpecError(f"{name}={pointer!r} is not valid. Must be the address of {list(shape)} of {dtype}, as an integer.")
+        given = repr(pointer) if isinstance(pointer, int) or pointer is None else f"<{type(pointer).__name__}>"
+        raise SpecError(f"{name}={given} is not valid. Must be the address of {list(shape)} of {dtype}, as an integer.")
     address = int(pointer)
-    if address % kind.itemsize:
-        raise SpecError(f"{name}={address:#x} is not valid for {dtype}. Must be a multiple of {kind.itemsize}.")
+    if address % (multiple := max(alignment, kind.itemsize)):
+        raise SpecError(f"{name}={address:#x} is not valid. Must be a multiple of {multiple}.")
     if target.name == "host":
         if not nbytes:
             return np.empty(shape, kind)

@@ -122,7 +122,8 @@ class Moe:
         tokens, hidden, inner = made.tokens_per_rank, made.token_dim, made.ffn_size
 
         def at(name: str, *shape: int) -> Any:
-            return memory.array_at(self.target, name, getattr(args, name), shape, dtype)
+            alignment = 1 if "bias" in name else memory.ROW_ALIGNMENT
+            return memory.array_at(self.target, name, getattr(args, name), shape, dtype, alignment)
 
         weights = {
             "up": at("local_expert_up", experts, inner, hidden),

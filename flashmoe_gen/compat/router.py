@@ -43,8 +43,10 @@ class Gate:
             raise SpecError(f"flash_handle is not valid: router and layer were initialised with {differs}.")
         spec, target = self._spec, self._target
         stream = memory.stream_of(target, args.stream_ptr)
-        tokens = memory.array_at(target, "tokens", args.tokens, (spec.max_tokens, spec.hidden_size), spec.dtype)
-        weights = memory.array_at(target, "weights", args.weights, (spec.num_experts, spec.hidden_size), spec.dtype)
+        tokens, weights = (
+            memory.array_at(target, name, getattr(args, name), (rows, spec.hidden_size), spec.dtype, memory.ROW_ALIGNMENT)
+            for name, rows in (("tokens", spec.max_tokens), ("weights", spec.num_experts))
+        )
         counts = memory.array_at(target, "expert_counts", args.expert_counts, (spec.num_experts,), "int32")
         with self._device:
             self._router(tokens, weights, stream=stream, out=(moe.ids, moe.weights))
