@@ -31,6 +31,10 @@ class Place:
     def address(self, array: Array) -> int:
         return int(array.ctypes.data)
 
+    def spoil(self, array: Array) -> None:
+        """Fill it with what nothing computes."""
+        array.view(np.uint8)[:] = 0x42
+
     def wait(self) -> None:
         pass
 
@@ -56,6 +60,9 @@ class Device(Place):
 
     def address(self, array: Array) -> int:
         return int(array.data.ptr)
+
+    def spoil(self, array: Array) -> None:
+        self.cupy.cuda.runtime.memset(array.data.ptr, 0x42, array.nbytes)
 
     def wait(self) -> None:
         self.cupy.cuda.Device(self.device_id).synchronize()
@@ -120,7 +127,7 @@ class Program:
             f"local_{names.get(name, name)}": put(np.ascontiguousarray(array[mine])) for name, array in self.all.items()
         }
         self.expert_counts = put(np.full(experts, -1, np.int32))
-        self.moe_out = put(np.full((tokens, hidden), 99, element))
+        self.moe_out = put(np.zeros((tokens, hidden), element))
 
     def args(self, **changes: Any) -> flashmoe.ForwardArgs:
         """The arguments of a call."""
@@ -146,7 +153,7 @@ class Program:
     def run(self, **changes: Any) -> flashmoe.ForwardArgs:
         """Call router and layer."""
         args = self.args(**changes)
-        self.moe_out[:] = 99
+        self.place.spoil(self.moe_out)
         self.place.wait()
         self.route()
         flashmoe.forward(self.flash_handle, args)
@@ -166,8 +173,16 @@ class Program:
         flashmoe.reference.forward(self.ref_handle, token_ids, args, given)
         return place.get(out)
 
-    def wanted(self, **changes: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """What this package's reference makes of the same arrays, from the router on: y, and the routes of each expert."""
+    def routing(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Ids and weights that the router has chosen."""
+        moe = self.flash_handle.mod
+        return self.place.get(moe.ids), self.place.get(moe.weights)
+
+    def wanted(self, *, routed: bool = False, **changes: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """What this package's reference makes of the same arrays: y, and the routes of each expert.
+
+        From the router on; with ``routed`` from what the router has chosen on, which on GPUs may swap experts that nearly tie.
+        """
         made, weights = self.init_args, self.all
         spec = fmg.MoESpec(
             made.token_dim, made.ffn_size, made.num_experts, made.top_k, dtype=DTYPES[self.dtype.name],
@@ -176,7 +191,7 @@ class Program:
             bias=True, capacity=made.expert_peer_capacity, max_tokens=made.tokens_per_rank, **changes,
         )  # fmt: skip
         tokens = self.place.get(self.tokens)
-        ids, scores = fmg.reference.route(spec, tokens, self.place.get(self.router_weights))
+        ids, scores = self.routing() if routed else fmg.reference.route(spec, tokens, self.place.get(self.router_weights))
         if spec.mlp == "gated":
             up = {"gate": weights["up"], "gate_bias": weights["bias_up"], "up": weights["up_v"], "up_bias": weights["bias_up_v"]}
         else:
