@@ -81,7 +81,7 @@ def wrong_on_one_rank(place: Place) -> None:
     except SpecError as error:
         assert flashmoe.cb.get_rank() == last and "tokens=0 is not valid" in str(error)
     except CommError as error:
-        assert flashmoe.cb.get_rank() != last and f"rank {last}" in str(error) and "tokens=0" in str(error), error
+        assert flashmoe.cb.get_rank() != last and f"rank {last}" in str(error).lower() and "tokens=0" in str(error), error
     else:
         raise AssertionError("no error")
     with suppress(CommError):  # a rank that leaves now would give the others another reason
