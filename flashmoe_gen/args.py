@@ -42,7 +42,7 @@ CONTROL = struct(
 )
 SCRATCH_STATE = struct(
     "ScratchState",
-    ("calls", "u32", "that used this scratch: picks the counter set"),
+    ("calls", "u32", "that used this scratch: picks the counter set", (), 16),
     ("used", "u32", "words of each set that its last call may have changed", (2,)),
     ("unused", "u32", ""),
 )
@@ -329,8 +329,8 @@ LAUNCH = struct("Launch", ("kernel", "Kernel"), ("args", "const void*"))
 HEAP = struct("Heap", ("base", "char*"), ("bytes", "u64"))
 
 MOE_STRUCTS: tuple[Enum | Struct, ...] = (
-    ROLE, AWAIT, WORK, TALLY, SHARE, LIST_ENTRY, SUMMAND, SEGMENT, READY_BLOCK, CONTROL, SCRATCH_STATE, STATE, ABORT_RECORD, TRACE_EVENT, COUNTERS,
-    PLANNER_SCRATCH, SYSTEM_SCRATCH, TASK, MOE_ARGS,
+    ROLE, AWAIT, WORK, TALLY, SHARE, LIST_ENTRY, SUMMAND, SEGMENT, READY_BLOCK, CONTROL, SCRATCH_STATE, STATE, ABORT_RECORD,
+    TRACE_EVENT, COUNTERS, PLANNER_SCRATCH, SYSTEM_SCRATCH, TASK, MOE_ARGS,
 )  # fmt: skip
 ROUTER_STRUCTS = (ROUTER_ARGS,)
 EXPLORER_STRUCTS = (LAUNCH, HEAP)

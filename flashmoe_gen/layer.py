@@ -12,6 +12,7 @@ import numpy as np
 
 from . import arrays, comm, env
 from .call import PackedCall
+from .comm.alone import alone
 from .comm.base import MovedError
 from .comm.communicator import Agree
 from .counters import LayerStats
@@ -20,6 +21,7 @@ from .experts import Experts
 from .fused import Fused
 from .instrument import Instrument
 from .launch import choose
+from .layout import HeapNeeds
 from .placed import Placed, require_fitting
 from .programs import default_tile
 from .router import Router
@@ -36,7 +38,8 @@ class MoELayer:
             there and ``"host"`` when none is.
         tile: tile configuration; default :func:`flashmoe_gen.default_tile`.
         schedule: order of the tasks, and how rows come back; default: what :class:`Schedule` picks.
-        comm: this rank's communicator; not needed for ``world_size=1``.
+        comm: this rank's communicator. Not needed for ``world_size=1``: such layers share one with those of the same device whose
+            heap they fit, and so their calls follow each other; ``comm.init("single")`` gives a layer one of its own.
         placement: which rank holds which expert; default :meth:`Placement.default`.
         stream: CUDA stream of the calls (``target="cuda"``); default: the current one of the array library at each call.
         max_blocks: the most blocks of a launch (``target="cuda"``), of which whole clusters are used; default: all that are
@@ -76,7 +79,7 @@ class MoELayer:
     ) -> None:
         self.spec = spec
         self._max_blocks, self._given_stream, self._given_schedule = max_blocks, stream, schedule
-        self.comm = comm if comm is not None else _own_comm(spec)
+        self.comm = comm if comm is not None else _own_comm(spec, target, max_blocks)
         with self.comm.agreeing("layer {n}") as agree:
             self._make(agree, target, tile, schedule, placement, stream, instrument)
 
@@ -342,8 +345,7 @@ class MoELayer:
         if not self._closed:
             self._placed.restart()
 
-
-def _own_comm(spec: MoESpec) -> comm.Communicator:
+def _own_comm(spec: MoESpec, target: str | None, max_blocks: int | None) -> comm.Communicator:
     if spec.world_size != 1:
-        raise CommError(f"world_size={spec.world_size} needs comm=: one of comm.local_group({spec.world_size}).")
-    return comm.init("single")
+        raise CommError(f"world_size={spec.world_size} needs comm=: one of comm.local_group({spec.world_size}), or comm.init().")
+    return alone(choose(target, None, max_blocks), HeapNeeds.of(spec))

@@ -19,6 +19,7 @@ PLANNER_TOKENS = 32  # fewest tokens worth a planner of their own
 WARP = 32
 _L2_SHARE = 32 << 20  # bytes of one expert's weights that neighbouring M-blocks find in a GPU's L2: measured on H100
 _PANEL = 8
+_RING_BYTES = 48 << 20  # of the intermediate that GEMM2 finds in L2: H100 has 50 MB
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -270,6 +271,8 @@ def plan_schedule(
     cluster = tile.cluster
     blocks = rows // tile.block_m + cluster * min(local_experts, rows)  # the rest of an expert's rows may be a whole claim
     max_panel, lag, ring_slots = _order(spec, tile, plan, schedule, processors)
+    if schedule.ring is None:
+        ring_slots = min(ring_slots, _RING_BYTES // (tile.block_m * plan.rows.middle.bytes))
     ring_slots = max(cluster, min(blocks, ring_slots if schedule.ring is None else schedule.ring))
     max_panel = max(cluster, min(max_panel, ring_slots // 2 // cluster * cluster))
     column_bits_at = COUNTERS.size // 4

@@ -31,8 +31,8 @@ PTX = (
 PROTOCOL = tuple(
     f"protocol/{part}.cuh"
     for part in (
-        "queue", "call", "trace", "delay", "send", "scan", "planner", "dispatch", "subscriber", "rows", "counts", "scheduler", "processor",
-        "slot", "combine", "leave", "kernel",
+        "queue", "call", "trace", "delay", "send", "scan", "planner", "dispatch", "subscriber", "rows", "counts", "scheduler",
+        "processor", "slot", "combine", "leave", "kernel",
     )
 )  # fmt: skip
 

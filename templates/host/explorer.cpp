@@ -134,6 +134,7 @@ static u64 simulated_ns() { return explorer->step * 1000; }
 static void on_put(void* to, const void* from, u64 bytes) {
   const char* data = static_cast<const char*>(from);
   explorer->fibers[explorer->current].puts.push_back({to, std::vector<char>(data, data + bytes)});
+  if (chance(8)) on_point();  // between two segments, and between them and their signal
 }
 static void on_flush(bool system) {
   Fiber& fiber = explorer->fibers[explorer->current];

@@ -68,14 +68,15 @@ struct Call {
 
 DEVICE Call begin_call(const MoEArgs& args, u32 party, u32 parties, Role role) {
   const u32 epoch = next_epoch(load_relaxed(&reinterpret_cast<Control*>(args.peers[args.rank])->epoch));
-  const u32 turn = load_relaxed(&args.scratch_state->calls) & 1;
+  const ScratchState scratch = *args.scratch_state;  // changes between calls alone
+  const u32 turn = scratch.calls & 1;
   int tokens = args.tokens;
   if (args.num_tokens != nullptr) {
     const int asked = *args.num_tokens;
     tokens = asked < 0 ? 0 : asked < tokens ? asked : tokens;
   }
   return Call{args, epoch, epoch & 1, tokens, party, parties, role, args.counter_sets + turn * args.set_stride,
-              args.counter_sets + (turn ^ 1) * args.set_stride, load_relaxed(&args.scratch_state->used[turn ^ 1])};
+              args.counter_sets + (turn ^ 1) * args.set_stride, turn == 0 ? scratch.used[1] : scratch.used[0]};
 }
 
 // {epoch, entered} of the control page. A processor that begins a call counts itself, and must find the epoch that its threads
@@ -117,9 +118,10 @@ struct Deadline {
   }
 };
 
-// Poll `probe() -> u64` until `ready(value)`. False when the call is aborted, by this wait or by another.
+// Poll `probe() -> u64` until `ready(value)`. False when the call is aborted, by this wait or by another. A probe may say in
+// `detail` what is missing.
 template <class Probe, class Ready>
-DEVICE bool wait_until(const Call& call, Await what, u32 detail, u64 expected, Probe probe, Ready ready) {
+DEVICE bool wait_until(const Call& call, Await what, const u32& detail, u64 expected, Probe probe, Ready ready) {
   const u32 patience = what == Await::task ? 2 : 1;  // who starves the queue gives up first, and names the cause
   Deadline deadline;
   while (true) {

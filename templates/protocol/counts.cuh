@@ -7,10 +7,15 @@ DEVICE bool wait_for_ranks(Group& group, const Call& call) {
   bool alike = true;
   for (int source = group.lane; alike && source < args.world_size; source += group.size) {
     const u64* words = call.count_words(args.rank, source);
-    u32 tag = 0;
-    alike = wait_word(call, Await::counts, u32(source), words) && wait_word(call, Await::counts, u32(source), words + 1, &tag);
-    if (!alike || tag == args.tag) continue;
-    abort_call(call, Await::tag, u32(source), args.tag, tag);
+    u64 tag = 0;
+    const auto probe = [&] {  // both words on their way at a time
+      tag = load_relaxed(words + 1);
+      const u64 tokens = load_relaxed(words);
+      return (tokens >> 32) == (tag >> 32) ? tag >> 32 : 0;
+    };
+    alike = wait_until(call, Await::counts, u32(source), call.epoch, probe, [&](u64 epoch) { return epoch == call.epoch; });
+    if (!alike || u32(tag) == args.tag) continue;
+    abort_call(call, Await::tag, u32(source), args.tag, u32(tag));
     alike = false;
   }
   return !group.any(!alike);
@@ -61,32 +66,50 @@ DEVICE bool gather_counts(Group& group, const Call& call, SystemScratch& scratch
   if (!wait_for_ranks(group, call)) return false;
   const MoEArgs& args = call.args;
   const int experts = args.local_experts, words = args.world_size * experts;  // source by source
+  const auto source_of = [&](int at) { return args.world_size == 1 ? 0 : at / experts; };
   constexpr int kBatch = 4;  // words on their way to a lane at a time; each is complete in itself
   u32 before = 0;            // rows of the words before
-  for (int base = 0; base < words; base += kBatch * group.size) {
-    u64 seen[kBatch];
-    bool here = true;
+  for (int base = group.lane; base - group.lane < words; base += kBatch * group.size) {
+    u64 seen[kBatch] = {};
+    u32 missing = 0;  // the source of a word that is not here
+    const auto probe = [&] {
+      u64 epoch = call.epoch;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int at = base + i * group.size, source = source_of(at);
+        if (at < words) seen[i] = load_relaxed(call.count_words(args.rank, source) + kCounts + (at - source * experts));
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int at = base + i * group.size;
+        if (at >= words || seen[i] >> 32 == call.epoch) continue;
+        epoch = 0;
+        missing = u32(source_of(at));
+      }
+      return epoch;
+    };
+    const bool here =
+        wait_until(call, Await::counts, missing, call.epoch, probe, [&](u64 epoch) { return epoch == call.epoch; });
+    if (group.any(!here)) return false;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int at = base + i * group.size + group.lane;
-      if (at < words) seen[i] = load_relaxed(call.count_words(args.rank, at / experts) + kCounts + at % experts);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int at = base + i * group.size + group.lane, source = at / experts, slot = at % experts;
-      u32 rows = at < words ? u32(seen[i]) : 0, total = 0;
-      if (at < words && seen[i] >> 32 != call.epoch)
-        here = here && wait_word(call, Await::counts, u32(source), call.count_words(args.rank, source) + kCounts + slot, &rows);
+      const int at = base + i * group.size, source = source_of(at), slot = at - source * experts;
+      const u32 rows = u32(seen[i]);
+      u32 total = 0;
       const u32 first = before + group.exclusive_sum(rows, &total);
       before += total;
+      if (args.world_size == 1) {
+        if (at >= words) continue;
+        args.segments[slot] = Segment{first, rows, 0, 0};
+        scratch.rows[slot] = rows;
+        continue;
+      }
       if (at < words && slot == 0) scratch.source_start[source] = first;
       group.sync();
       if (at >= words) continue;
       const int distance = source >= args.rank ? source - args.rank : source - args.rank + args.world_size;
       segments_of(call, u32(slot))[distance] = Segment{first - scratch.source_start[source], rows, 0, u32(source)};
-      if (args.world_size == 1) scratch.rows[slot] = rows;
     }
-    if (group.any(!here)) return false;
   }
   if (args.world_size > 1) {
     order_by_distance(group, call, scratch);

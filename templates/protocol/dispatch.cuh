@@ -33,7 +33,7 @@ DEVICE void dispatch_chunk(Group& group, const Call& call, int chunk) {
 
 // The lists of all owners lie behind each other here; a task sends a window of them. Who sends the last entry of an owner's
 // list signals that all of it is there.
-constexpr u32 kWindow = 256;
+constexpr u32 kWindow = 2 * kBlockM;
 
 // What an owner needs to sum its rows of the token, of which `first` is the route's own place so far: all routes have one now.
 DEVICE Summand summand_for(const Call& call, const ListEntry& entry, Summand summand, int owner) {

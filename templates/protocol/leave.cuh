@@ -45,14 +45,14 @@ DEVICE void leave(Group& group, const Call& call, u32 clearer, u32 clearers) {
   if (group.lane == 0) last = fetch_add_acq_rel(&call.counters().left, 1u) + 1 == call.parties;
   if (!group.any(last != 0)) return;
   ScratchState* const scratch = call.args.scratch_state;
-  const u32 calls = load_relaxed(&scratch->calls), finished = load_relaxed(&call.args.state->calls);
+  const u32 calls = scratch->calls, finished = call.args.state->calls;
   const bool failed = aborted(call);
   if (failed) poison(group, call, 0, 1);
   if (group.lane == 0) {
     if (failed) share_failure(call);
-    store_relaxed(&scratch->used[calls & 1], u32(call.args.set_words));
-    store_relaxed(&scratch->calls, calls + 1);
-    store_relaxed(&call.args.state->calls, finished + 1);
+    scratch->used[calls & 1] = u32(call.args.set_words);
+    scratch->calls = calls + 1;
+    call.args.state->calls = finished + 1;
     store_release<Scope::system>(entered_word(call), u64(call.epoch) << 32);
   }
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from aborts import CHECKS
 from scenarios import Scenario, standard
 
 from flashmoe_gen import KernelSource, generate
@@ -15,21 +16,40 @@ from flashmoe_gen.launch.host import HostKernel
 
 MUTANTS = {
     "dropped release of segments": (
-        "if (u64* const word = word_at(i)) store_release<Scope::system>(word, call.word(1));",
-        "if (u64* const word = word_at(i)) store_relaxed(word, call.word(1));",
+        "if (u64* const word = word_at(i)) store_release<Scope::system>(word, call.word(value));",
+        "if (u64* const word = word_at(i)) store_relaxed(word, call.word(value));",
     ),
     "dropped release of token rows": (
         "send_segments(group, call, rows, args.world_size, word_at);",
         "rows(); for (int i = 0; i < args.world_size; ++i) if (word_at(i)) store_relaxed(word_at(i), call.word(1));",
     ),
-    "dropped release of returns": ("release.store(word, call.word(1));", "store_relaxed(word, call.word(1));"),
+    "dropped release of lists": (
+        "send_segments(group, call, lists, args.world_size, word_at);",
+        "lists(); for (int i = 0; i < args.world_size; ++i) if (word_at(i)) store_relaxed(word_at(i), call.word(1));",
+    ),
+    "dropped release of returns": ("release.store(word, call.word(value));", "store_relaxed(word, call.word(value));"),
+    "rows taken for the list": ("(list >> 32 == call.epoch || chunks == 0)", "(list >> 32 == call.epoch || chunks != 0)"),
+    "list complete too early": (
+        "fetch_add_acq_rel(&call.counters().list_sent[owner], count) + count == all;",
+        "fetch_add_acq_rel(&call.counters().list_sent[owner], count) == 0;",
+    ),
+    "sums taken for rows": ("if (what == kSumIsBack) (first", "if (what == 77) (first"),
+    "pool places of another source": (
+        "return Pooled{args.pool_first[row.source] + summand.first,",
+        "return Pooled{summand.first,",
+    ),
+    "counters of another layer not cleared": (
+        "scratch->used[calls & 1] = u32(call.args.set_words);",
+        "scratch->used[calls & 1] = u32(sizeof(Counters) / 4);",
+    ),
+    "epoch that becomes 0": ("return epoch == 0xffffffffu ? 2 : epoch + 1;", "return epoch + 1;"),
     "dispatch does not wait for lists": (
         "  bool listed = true;\n  if (group.lane == 0) {",
         "  bool listed = true;\n  if (group.lane < 0) {",
     ),
     "rows released to the rank alone": (
-        "send_segments(group, call, put, 1, [&](int) { return call.return_word(source, token, slot); });",
-        "put(); store_release<Scope::device>(call.return_word(source, token, slot), call.word(1));",
+        "send_segments(group, call, put, 1, [&](int) { return call.return_word(source, token, slot); }, kSumIsBack);",
+        "put(); store_release<Scope::device>(call.return_word(source, token, slot), call.word(kSumIsBack));",
     ),
     "unchecked epoch of words": (
         "[&](u64 epoch) { return epoch == call.epoch; });",
@@ -49,10 +69,25 @@ MUTANTS = {
     ),
     "early return of rows": (" + parts == kDoneParts;", " == 0;"),
     "idle ranks do not wait for counts": (
-        "if (group.lane == 0) here = wait_word(call, Await::counts, u32(source), words);",
-        "if (group.lane == 0 && (experts > 0 || source == args.rank)) here = wait_word(call, Await::counts, u32(source), words);",
+        "    const u64* words = call.count_words(args.rank, source);\n    u64 tag = 0;",
+        "    const u64* words = call.count_words(args.rank, source);\n    u64 tag = 0;\n"
+        "    if (args.local_experts == 0 && source != args.rank) continue;",
     ),
 }
+
+
+# Bugs that show in how a call fails: the check of aborts.py that notices each.
+OF_ABORTS = {
+    "unchecked tag": ("different calls", "if (!alike || u32(tag) == args.tag) continue;", "if (!alike || tag != 0) continue;"),
+    "peers are not told": ("peers of a rank that gives up", "    if (failed) share_failure(call);\n", ""),
+    "unnoticed launch": ("launches at once", "!is_alone(call, entered, u32(party.processors()))", "false"),
+    "entered without the epoch": (
+        "launches at once",
+        "return next_epoch(u32(entered >> 32)) == call.epoch && u32(entered) < processors;",
+        "return u32(entered) < 2 * processors;",
+    ),
+}
+MUTANTS |= {name: texts for name, (_, *texts) in OF_ABORTS.items()}
 
 
 def mutated(source: KernelSource, name: str) -> HostKernel:
@@ -64,15 +99,20 @@ def mutated(source: KernelSource, name: str) -> HostKernel:
     )
 
 
+def mutants_of(scenario: Scenario, name: str) -> dict[int, HostKernel]:
+    """By hidden size."""
+    return {
+        world.spec.hidden_size: mutated(generate(world.spec, arch="host", tile=world.layers[0].tile), name)
+        for world, _ in scenario.worlds
+    }
+
+
 def hunt(name: str, scenarios: list[Scenario], seeds: int) -> str | None:
-    """Explore until the mutant is noticed: a wrong output or a missed deadline."""
-    kernels = [
-        {
-            world.spec.hidden_size: mutated(generate(world.spec, arch="host", tile=world.layers[0].tile), name)
-            for world, _ in scenario.worlds
-        }
-        for scenario in scenarios
-    ]
+    """Explore until the mutant is noticed: a wrong output, a missed deadline, or another failure than there should be."""
+    if name in OF_ABORTS:
+        problem = CHECKS[OF_ABORTS[name][0]](lambda scenario: mutants_of(scenario, name))
+        return problem and f"seed: {problem}"
+    kernels = [mutants_of(scenario, name) for scenario in scenarios]
     for seed in range(seeds):
         for number, (scenario, replaced) in enumerate(zip(scenarios, kernels)):
             scenario.run(seed, kernels=replaced)

@@ -9,6 +9,7 @@ import numpy as np
 from world import BOUNDS, Problem, World, poison, relative_error, routes
 
 import flashmoe_gen as fmg
+from flashmoe_gen.args import CONTROL
 from flashmoe_gen.launch.explore import explore
 from flashmoe_gen.launch.host import HostKernel
 
@@ -43,9 +44,13 @@ class Scenario:
         ring: int | None = None,
         panel: int = 1,
         cluster: int = 1,
+        pool: int | None = None,
+        epoch: int = 0,
         seed: int = 0,
     ) -> None:
-        self.world_size = world_size
+        """``pool``: rows that can wait to be summed, fewer than there is room for; ``epoch``: calls the heap has seen before."""
+        self.world_size, self.pool, self.epoch = world_size, pool, epoch
+        self.patience: dict[int, int] = {}  # of ranks whose deadline is later, times so much
         self.threads = processors + 2
         comms = fmg.comm.local_group(world_size)
         placement = fmg.Placement(slots) if slots else None
@@ -72,19 +77,28 @@ class Scenario:
 
     def run(self, seed: int, *, kernels: dict[int, HostKernel] | None = None, lost_word: int | None = None) -> int:
         """Explore one interleaving from freshly poisoned memory; returns the steps taken."""
+        if self.epoch:  # words of the run before would name the same calls
+            self.reset()
         for world, _ in self.worlds:
             for layer in world.layers:
                 poison(layer)
         launches: list[list[tuple[HostKernel, Any]]] = []
-        for per_rank in self.calls:
+        for rank, per_rank in enumerate(self.calls):
             launches.append([])
             for call in per_rank:
                 call.y[:] = np.nan
                 packed = call.layer._placed.pack(*call.inputs, call.experts, call.y, None)
                 kernel = (kernels or {}).get(call.layer.spec.hidden_size, call.layer._fused.kernel)
-                launches[-1].append((kernel, packed.prepared.args.copy()))
+                args = packed.prepared.args.copy()
+                if self.pool is not None:
+                    args["pool_rows"] = self.pool
+                args["timeout_ns"] *= self.patience.get(rank, 1)
+                launches[-1].append((kernel, args))
         comm = self.worlds[0][0].comms[0]
         heaps = [comm.heap_memory(rank) for rank in range(self.world_size)]
+        if self.epoch:
+            for heap in heaps:
+                heap.array[: CONTROL.size].view(CONTROL.dtype)["epoch"] = self.epoch
         return explore(launches, heaps, threads=self.threads, seed=seed, lost_word=lost_word)
 
     def wrong(self) -> str | None:
@@ -102,7 +116,8 @@ class Scenario:
 
 
 def standard() -> list[Scenario]:
-    """World sizes 1 to 4, both combine modes, idle ranks, ranks without experts, two layers of different H on one heap."""
+    """World sizes 1 to 4, both combine modes, idle ranks, ranks without experts, two layers of different H on one heap, a pool
+    that is too small for all sources, and the turn of the epoch."""
     changing = [[7, 0, 33, 1, 16], [0, 20, 1, 17, 5], [40, 0, 0, 9, 2], [3, 3, 38, 0, 0]]
     return [
         Scenario(1, combine="route", counts=changing[:1], hidden=(16, 32), processors=3, panel=4),
@@ -113,4 +128,6 @@ def standard() -> list[Scenario]:
         Scenario(4, combine="rank", counts=changing, capacity=6, processors=1, seed=3),
         Scenario(4, combine="route", counts=changing, capacity=3, panel=2, seed=4),
         Scenario(2, combine="route", counts=changing[:2], processors=3, panel=3, cluster=2, seed=5),
+        Scenario(4, combine="rank", counts=changing, pool=30, ring=2, seed=6),
+        Scenario(3, combine="rank", counts=changing[:3], hidden=(16, 32), epoch=2**32 - 3, seed=7),
     ]

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from aborts import CHECKS
 from mutants import MUTANTS
 from scenarios import Scenario, standard
 
-SEEDS = 160  # for each of the seven scenarios: 1120 interleavings
+SEEDS = 120  # for each of the ten scenarios: 1200 interleavings
+SCENARIOS = 10
 FIRST_SEED = int(os.environ.get("FLASHMOE_TEST_SEED", "0"))
 
 
@@ -26,8 +28,9 @@ def simulated_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHMOE_TIMEOUT_S", "1")  # a million steps
 
 
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("number", range(SCENARIOS))
 def test_every_interleaving_gives_the_reference(scenarios: list[Scenario], number: int) -> None:
+    assert len(scenarios) == SCENARIOS
     scenario = scenarios[number]
     for seed in range(FIRST_SEED, FIRST_SEED + SEEDS):
         scenario.run(seed)
@@ -61,6 +64,11 @@ def test_200_calls_with_changing_counts_on_two_layers() -> None:
         assert scenario.wrong() is None, f"seed {seed}: {scenario.wrong()}"
 
 
+@pytest.mark.parametrize("name", CHECKS)
+def test_calls_that_cannot_work_fail_as_they_should(name: str) -> None:
+    assert CHECKS[name](lambda scenario: None) is None
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_bug_is_caught(name: str) -> None:
     """In a process of its own: a mutant may follow a pointer that is not there yet."""
@@ -70,5 +78,5 @@ def test_a_planted_bug_is_caught(name: str) -> None:
         [sys.executable, str(here / "mutants.py"), name], capture_output=True, text=True, env=environment, timeout=240
     )
     crashed = run.returncode < 0
-    noticed = run.returncode == 0 and run.stdout.startswith("seed ")
+    noticed = run.returncode == 0 and run.stdout.startswith("seed")
     assert crashed or noticed, f"{name}: exit {run.returncode}, {run.stdout!r}, {run.stderr[-2000:]}"

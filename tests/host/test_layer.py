@@ -242,7 +242,8 @@ def test_workspace_and_heap_are_reported() -> None:
     spec = problem("fp32 relu", 7).spec.replace(max_tokens=20, world_size=2)
     world = World(spec, tile=TILE)
     layer = world.layers[0]
-    assert layer.workspace_bytes == layer._placed.workspace.nbytes
+    assert layer.workspace_bytes == layer._placed.memory.nbytes + sum(t.nbytes for t in layer._placed.tables.values())
+    assert layer.comm.scratches.bytes == layer._placed.scratch.memory.nbytes
     rows = spec.max_tokens * spec.hidden_size * 4
     assert layer.comm.heap.bytes >= rows * (1 + spec.top_k)
     assert layer.comm.heap.bytes == layer.comm.heap_memory(0).nbytes

@@ -127,13 +127,13 @@ def late() -> list[Any]:
     with join() as comm, layer_of(comm) as layer:
         before = call(layer)
         comm.barrier()
-        time.sleep(1.5 * (comm.rank == 2))
+        time.sleep(0.6 * (comm.rank == 2))
         assert call(layer) == before
-        time.sleep(1.0 * (comm.rank == 2))
+        time.sleep(0.4 * (comm.rank == 2))
         comm.barrier()
         os.environ["FLASHMOE_TIMEOUT_S"] = "0.5"
-        errors = [timed(comm.barrier) if comm.rank != 2 else time.sleep(2)]
-        errors.append(timed(lambda: call(layer)) if comm.rank != 2 else time.sleep(2))
+        errors = [timed(comm.barrier) if comm.rank != 2 else time.sleep(1.2)]
+        errors.append(timed(lambda: call(layer)) if comm.rank != 2 else time.sleep(1.2))
         os.environ["FLASHMOE_TIMEOUT_S"] = "30"
         if comm.rank == 2:
             errors = [timed(comm.check), timed(comm.check)]
