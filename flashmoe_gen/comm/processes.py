@@ -226,7 +226,7 @@ class ProcessTransport:
 
     def fail(self, why: str) -> None:
         with self.words.lock:
-            if self.words.closed:  # nobody waits for this rank any more, or it is another process's
+            if self._board.disowned:
                 return
             self._board.fail(why)
             for launch in list(self.words.launches):

@@ -145,7 +145,12 @@ def main() -> None:
     _, module, work, _, args = sys.argv
     sys.modules["group"] = sys.modules["__main__"]
     functions = importlib.import_module(module)
-    print(json.dumps({name: getattr(functions, name)(*json.loads(args)) for name in work.split()}))
+    results = {}
+    for name in work.split():
+        start = time.monotonic()
+        results[name] = getattr(functions, name)(*json.loads(args))
+        print(f"{name}: {time.monotonic() - start:.1f} s", file=sys.stderr)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

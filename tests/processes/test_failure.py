@@ -37,7 +37,8 @@ def bad_input(bad_s: float, good_s: float) -> list[Any]:
         for _ in range(2):
             time.sleep(bad_s if comm.rank == 1 else good_s)
             told.append(timed(lambda: bad_call(layer) if comm.rank == 1 else call(layer)))
-            told.append(timed(layer.check))
+            if comm.rank != 1:
+                told.append(timed(layer.check))
             comm.reset()
             assert call(layer) == before and call(layer) == before
         comm.barrier()
@@ -126,13 +127,13 @@ def late() -> list[Any]:
     with join() as comm, layer_of(comm) as layer:
         before = call(layer)
         comm.barrier()
-        time.sleep(1.5 * (comm.rank == 2))
+        time.sleep(0.6 * (comm.rank == 2))
         assert call(layer) == before
-        time.sleep(1.0 * (comm.rank == 2))
+        time.sleep(0.4 * (comm.rank == 2))
         comm.barrier()
         os.environ["FLASHMOE_TIMEOUT_S"] = "0.5"
-        errors = [timed(comm.barrier) if comm.rank != 2 else time.sleep(2)]
-        errors.append(timed(lambda: call(layer)) if comm.rank != 2 else time.sleep(2))
+        errors = [timed(comm.barrier) if comm.rank != 2 else time.sleep(1.2)]
+        errors.append(timed(lambda: call(layer)) if comm.rank != 2 else time.sleep(1.2))
         os.environ["FLASHMOE_TIMEOUT_S"] = "30"
         if comm.rank == 2:
             errors = [timed(comm.check), timed(comm.check)]
@@ -145,7 +146,8 @@ def late() -> list[Any]:
 def test_a_late_rank(told: Told) -> None:
     for rank in (0, 1):
         (barrier, waited), (kernel, ran) = told[rank]["late"]
-        assert barrier == "CommError: barrier(): rank 2 did not come within 0.5 s." and 0.5 <= waited < 2
+        assert barrier.startswith("CommError: barrier(): rank") and "2 did not come within 0.5 s." in barrier
+        assert 0.5 <= waited < 2
         assert kernel.startswith("KernelTimeoutError: rank ") and "of rank 2 (expected" in kernel and ran < 3
         assert "has ended" not in kernel
     assert "The communicator has failed: a wait of rank" in told[2]["late"][0][0]  # it was in neither, and knows
@@ -176,15 +178,13 @@ def closing() -> list[Any]:
 
 def test_closing_in_any_order(told: Told) -> None:
     for rank, last in ((2, 0), (1, 1)):
-        results = told[rank]["closing"]
-        used, barrier, reset, check = results[last]
-        assert used[0] == "CommError: rank 0 has closed its communicator." or "rank 2 has closed" in used[0]
+        used, barrier, reset, check = told[rank]["closing"][last]
         for error, seconds in (used, barrier, reset):
-            assert "has closed its communicator" in error and seconds < 1
+            assert "rank 0 has closed its communicator" in error and seconds < 1
         assert check[0] == ""  # its calls went well
     for rank in range(3):
-        after = [result for result in told[rank]["closing"] if isinstance(result[0], str) and result[0]]
-        assert ["CommError: The layer is closed.", "CommError: The communicator is closed."] in after or len(after) > 0
+        after = [results for results in told[rank]["closing"] if len(results) == 2 and isinstance(results[1], str)]
+        assert after == 2 * [["CommError: The layer is closed.", "CommError: The communicator is closed."]]
     for rank in (0, 2):
         error, seconds = told[rank]["closing"][-1]
         assert "rank 1 has closed its communicator" in error and seconds < 5
