@@ -352,7 +352,7 @@ class _Place:
         }
 
     def target(self, sharing: int) -> Target:
-        return HostTarget(sharing) if self.device is None else CudaTarget(None, 1, device=self.device)
+        return HostTarget(sharing) if self.device is None else CudaTarget(device=self.device)
 
 
 def _uuid(device: int) -> str:
