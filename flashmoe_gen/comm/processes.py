@@ -340,7 +340,7 @@ class _Place:
         }
 
     def target(self, sharing: int) -> Target:
-        return HostTarget(sharing) if self.device is None else CudaTarget(None, 1, device=self.device)  # type: ignore[call-arg]
+        return HostTarget(sharing) if self.device is None else CudaTarget(device=self.device)
 
 
 def _uuid(device: int) -> str:
@@ -370,6 +370,6 @@ def _require_alike(facts: Sequence[Mapping[str, Any]]) -> None:
 def _source(transport: ProcessTransport, device: int | None, heap_bytes: int | None) -> HeapSource:
     if device is None:
         return HostHeapSource(transport.rank, transport.world_size, transport._trade)
-    from .nvshmem import NvshmemSource  # type: ignore[import-untyped]
+    from .nvshmem import NvshmemSource
 
-    return NvshmemSource.join(transport.rank, transport.world_size, device, transport._trade, heap_bytes)  # type: ignore[no-any-return]
+    return NvshmemSource.join(transport.rank, transport.world_size, device, transport._trade, heap_bytes)
