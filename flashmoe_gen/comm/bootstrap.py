@@ -22,7 +22,8 @@ from typing import Any, NamedTuple, Protocol
 from .. import env
 from ..errors import CommError, SpecError, UnsupportedError
 from ..spec import MAX_WORLD_SIZE
-from .rendezvous import Deadline, TcpBootstrap
+from .channel import Deadline
+from .rendezvous import TcpBootstrap
 
 logger = logging.getLogger("flashmoe_gen")
 
@@ -357,7 +358,7 @@ class TorchBootstrap:
 def _env_store(seconds: float) -> Any:
     from torch import distributed
 
-    store, _, _ = next(iter(distributed.rendezvous("env://", timeout=datetime.timedelta(seconds=seconds))))  # type: ignore[no-untyped-call,attr-defined]
+    store, _, _ = next(iter(distributed.rendezvous("env://", timeout=datetime.timedelta(seconds=seconds))))  # type: ignore[attr-defined]
     return distributed.PrefixStore("flashmoe_gen", store)  # type: ignore[attr-defined]
 
 

@@ -20,10 +20,10 @@ from typing import NamedTuple
 WELCOME, VALUE, VALUES, FAILED, STRANGER = b"W", b"V", b"S", b"F", b"N"  # kinds of frames
 
 GREETING = b"flashmoe1\n"
-_CHALLENGE, TOKEN, _CODE = 32, 16, 32  # bytes
+_CHALLENGE, _CODE = 32, 32  # bytes
 _CLAIM = struct.Struct("<II")  # rank, world_size
 HELLO = len(GREETING) + _CHALLENGE
-INTRODUCTION = HELLO + TOKEN + _CLAIM.size + _CODE
+INTRODUCTION = HELLO + _CLAIM.size + _CODE
 _FRAME = struct.Struct("<cQ")  # kind, bytes
 _LENGTH = struct.Struct("<Q")
 
@@ -55,6 +55,7 @@ def _code(key: bytes, *parts: bytes) -> bytes:
 
 
 def receive(connection: socket.socket, count: int, deadline: Deadline) -> bytes:
+    """As many bytes; ``ConnectionError`` when there will be fewer, ``TimeoutError`` when they come late."""
     data = bytearray()
     while len(data) < count:
         connection.settimeout(deadline.left())
@@ -81,6 +82,7 @@ class Channel:
         self._sent = self._received = 0
 
     def send(self, kind: bytes, payload: bytes, deadline: Deadline) -> None:
+        """One frame."""
         head = _FRAME.pack(kind, len(payload))
         code = _code(self._key, self._names[0], _LENGTH.pack(self._sent), head, payload)
         self._sent += 1
@@ -91,7 +93,7 @@ class Channel:
         """Kind and bytes of the next frame; a code that is not right is a ``ConnectionError``."""
         head = receive(self.connection, _FRAME.size, deadline)
         kind, length = _FRAME.unpack(head)
-        if kind == STRANGER:
+        if kind == STRANGER and not self._received:
             return kind, b""
         if length > most:
             raise ConnectionError(f"a frame of {length} bytes")
@@ -119,10 +121,12 @@ class Channel:
 
 
 def pack(parts: Sequence[bytes]) -> bytes:
+    """Several values as one."""
     return b"".join(_LENGTH.pack(len(part)) + part for part in parts)
 
 
 def unpack(data: bytes) -> list[bytes]:
+    """What :func:`pack` was given."""
     parts, at = [], 0
     while at < len(data):
         (length,) = _LENGTH.unpack_from(data, at)
@@ -136,9 +140,8 @@ def unpack(data: bytes) -> list[bytes]:
 
 
 class Claim(NamedTuple):
-    """What a process says of itself. Its token stays when it connects again."""
+    """What a process says of itself."""
 
-    token: bytes
     rank: int
     world_size: int
 
@@ -150,7 +153,7 @@ def hello() -> bytes:
 
 def introduction(key: bytes, hello: bytes, claim: Claim) -> bytes:
     """What the other end answers: a challenge of its own, its claim, and the proof that it knows the key."""
-    said = GREETING + os.urandom(_CHALLENGE) + claim.token + _CLAIM.pack(claim.rank, claim.world_size)
+    said = GREETING + os.urandom(_CHALLENGE) + _CLAIM.pack(*claim)
     return said + _code(key, b"leaf", hello, said)
 
 
@@ -159,7 +162,7 @@ def proven(key: bytes, hello: bytes, introduction: bytes) -> Claim | None:
     said, code = introduction[:-_CODE], introduction[-_CODE:]
     if not hmac.compare_digest(code, _code(key, b"leaf", hello, said)):
         return None
-    return Claim(said[HELLO : HELLO + TOKEN], *_CLAIM.unpack(said[HELLO + TOKEN :]))
+    return Claim(*_CLAIM.unpack(said[HELLO:]))
 
 
 def turn_away(connection: socket.socket) -> None:

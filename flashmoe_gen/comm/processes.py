@@ -75,7 +75,7 @@ class ProcessTransport:
     ) -> None:
         self.rank = self.local_rank = rank
         self.world_size = len(processes)
-        self.ranks_here = (rank,)
+        self.ranks_here: tuple[int, ...] = (rank,)
         self.sharing, self.device, self.target = sharing, device, target
         self._board = Board(memory, rank, processes)
         self.words: Words = self._board

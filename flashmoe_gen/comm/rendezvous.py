@@ -1,36 +1,23 @@
 """An exchange of bytes between the processes of a job over TCP: rank 0 listens, the others connect.
 
-Both ends prove that they know the job's key, by HMAC-SHA256 over fresh challenges, before anything else is looked at; then every
-frame carries a code over the connection, the direction, its number, its kind and its bytes. Lengths have limits, and nothing is
-unpickled. Who does not know the key is dropped and harms nobody. Nothing is encrypted: what is gathered is no secret.
+Who does not know the job's key is dropped, and harms nobody.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import hmac
-import os
 import selectors
 import socket
-import struct
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 from ..errors import CommError
+from . import channel as wire
+from .channel import Channel, Claim, Deadline
 
 MAX_VALUE = 1 << 20  # bytes of one rank in one gather
-
-GREETING = b"flashmoe1\n"
-_CHALLENGE, TOKEN, _CODE = 32, 16, 32  # bytes
-_CLAIM = struct.Struct("<II")  # rank, world_size
-HELLO = len(GREETING) + _CHALLENGE
-INTRODUCTION = HELLO + TOKEN + _CLAIM.size + _CODE
-_FRAME = struct.Struct("<cQ")  # kind, bytes
-_LENGTH = struct.Struct("<Q")
-WELCOME, VALUE, VALUES, FAILED, STRANGER = b"W", b"V", b"S", b"F", b"N"
 
 _GREET_S = 5.0  # what a connection has to introduce itself
 _BUSY_S = 1.0  # how long a port may be busy: the listener of an exchange before this one may still be closing
@@ -39,7 +26,7 @@ _LOOK_S = 0.25
 _LIMIT = "FLASHMOE_INIT_TIMEOUT_S sets the limit"
 
 
-class DeadliamedTuple):
+class _Guest(NamedTuple):
     """A connection that has not introduced itself."""
 
     hello: bytes
@@ -108,8 +95,7 @@ class _Root:
         self._where, self._world_size, self._key = where, world_size, key
         self._listener: socket.socket | None = _listen(*where)
         self._guests: dict[socket.socket, _Guest] = {}
-        self._members: dict[int, _Channel] = {}
-        self._tokens: dict[int, bytes] = {}
+        self._members: dict[int, Channel] = {}
         self._strangers = 0
 
     def gather(self, value: bytes, what: str, deadline: Deadline) -> list[bytes]:
@@ -127,10 +113,10 @@ class _Root:
                 for event, _ in ready:
                     values[event.data] = self._read(event.data, what, deadline)
                     selector.unregister(event.fileobj)
-        answer = _pack([values[rank] for rank in range(self._world_size)])
+        answer = wire.pack([values[rank] for rank in range(self._world_size)])
         for rank, channel in self._members.items():
             try:
-                channel.send(VALUES, answer, deadline)
+                channel.send(wire.VALUES, answer, deadline)
             except OSError as error:
                 self._fail(f"{what}: rank {rank} has ended ({error}).")
         return [values[rank] for rank in range(self._world_size)]
@@ -142,9 +128,9 @@ class _Root:
             self._fail(_late([rank], what, deadline))
         except OSError as error:
             self._fail(f"{what}: rank {rank} has ended ({error}).")
-        if kind == FAILED:
+        if kind != wire.VALUE:
             self._fail(payload.decode(errors="replace"))
-        place, value = _unpack(payload)
+        place, value = wire.unpack(payload)
         if place != what.encode():
             self._fail(f"Rank 0 is in {what}, rank {rank} in {place.decode(errors='replace')}.")
         return value
@@ -205,7 +191,7 @@ class _Root:
             connection, _ = self._listener.accept()
         except OSError:  # gone already
             return
-        hello = GREETING + os.urandom(_CHALLENGE)
+        hello = wire.hello()
         self._guests[connection] = _Guest(hello, bytearray(), time.monotonic() + _GREET_S)
         connection.setblocking(False)
         selector.register(connection, selectors.EVENT_READ)
@@ -224,49 +210,42 @@ class _Root:
     def _listen_to(self, connection: socket.socket, selector: selectors.BaseSelector) -> None:
         hello, said, _ = self._guests[connection]
         try:
-            part = connection.recv(INTRODUCTION - len(said))
+            part = connection.recv(wire.INTRODUCTION - len(said))
         except BlockingIOError:
             return
         except OSError:
             part = b""
         said += part
-        if not part or not said.startswith(GREETING[: len(said)]):
+        if not part or not said.startswith(wire.GREETING[: len(said)]):
             return self._drop(connection, selector)
-        if len(said) < INTRODUCTION:
+        if len(said) < wire.INTRODUCTION:
             return
-        introduction, code = bytes(said[:-_CODE]), bytes(said[-_CODE:])
-        if not hmac.compare_digest(code, _code(self._key, b"leaf", hello, introduction)):
+        introduction = bytes(said)
+        claim = wire.proven(self._key, hello, introduction)
+        if claim is None:
             self._strangers += 1
-            with suppress(OSError):
-                connection.send(_FRAME.pack(STRANGER, 0))
+            wire.turn_away(connection)
             return self._drop(connection, selector)
         del self._guests[connection]
         selector.unregister(connection)
-        token = introduction[HELLO : HELLO + TOKEN]
-        rank, world_size = _CLAIM.unpack(introduction[HELLO + TOKEN :])
-        self._join(rank, world_size, token, _Channel(connection, self._key, hello + introduction, root=True))
+        self._join(claim, Channel(connection, self._key, hello + introduction, root=True))
 
-    def _join(self, rank: int, world_size: int, token: bytes, channel: _Channel) -> None:
+    def _join(self, claim: Claim, channel: Channel) -> None:
+        rank, world_size = claim
         why = ""
         if world_size != self._world_size:
             why = f"The world has {self._world_size} ranks for rank 0 and {world_size} for rank {rank}."
         elif rank >= world_size:
             why = f"A process says that it is rank {rank} of {world_size}."
-        elif rank == 0 or self._tokens.get(rank, token) != token:
+        elif rank == 0 or rank in self._members:
             why = f"Two processes are rank {rank} of {world_size}."
         if why:
             why += " Start each rank once, all with one world size."
             channel.fail(why)
             self._fail(why)
-        if rank in self._members:  # it has tried again: our answer did not reach it in time
-            self._members[rank].connection.close()
-        try:
-            channel.send(WELCOME, b"", Deadline(_GREET_S))
-        except OSError:
-            channel.connection.close()  # it will come again
-            self._members.pop(rank, None)
-        else:
-            self._members[rank], self._tokens[rank] = channel, token
+        self._members[rank] = channel
+        with suppress(OSError):  # it has ended, as is noticed soon
+            channel.send(wire.WELCOME, b"", Deadline(_GREET_S))
 
 
 def _late(missing: Sequence[int], what: str, deadline: Deadline) -> str:
@@ -310,27 +289,27 @@ def _listen(host: str, port: int) -> socket.socket:
 class _Leaf:
     def __init__(self, where: tuple[str, int], rank: int, world_size: int, key: bytes) -> None:
         self._where, self._rank, self._world_size, self._key = where, rank, world_size, key
-        self._token = os.urandom(TOKEN)
-        self._channel: _Channel | None = None
+        self._claim = Claim(rank, world_size)
+        self._channel: Channel | None = None
 
     def gather(self, value: bytes, what: str, deadline: Deadline) -> list[bytes]:
         if self._channel is None:
             self._channel = self._connect(what, deadline)
         try:
-            self._channel.send(VALUE, _pack([what.encode(), value]), deadline)
-            kind, payload = self._channel.receive(self._world_size * (MAX_VALUE + _LENGTH.size), deadline)
+            self._channel.send(wire.VALUE, wire.pack([what.encode(), value]), deadline)
+            kind, payload = self._channel.receive(2 * self._world_size * MAX_VALUE, deadline)
         except TimeoutError:
             self._channel.fail(f"Rank {self._rank} gave up in {what} after {deadline.seconds:g} s. {_LIMIT}.")
             raise CommError(f"Rank 0 did not answer in {what} within {deadline.seconds:g} s. {_LIMIT}.") from None
         except OSError as error:
             self.close()
             raise CommError(f"{what}: rank 0 has ended ({error}).") from error
-        if kind == FAILED:
+        if kind != wire.VALUES:
             self.close()
             raise CommError(payload.decode(errors="replace"))
-        return _unpack(payload)
+        return wire.unpack(payload)
 
-    def _connect(self, what: str, deadline: Deadline) -> _Channel:
+    def _connect(self, what: str, deadline: Deadline) -> Channel:
         place, pause, seen = named(*self._where), 0.01, "nothing listens there"
         while True:
             try:
@@ -346,7 +325,7 @@ class _Leaf:
                 ) from None
             pause = min(2 * pause, 0.5)
 
-    def _try(self, family: int, address: Any, deadline: Deadline) -> tuple[_Channel | None, str]:
+    def _try(self, family: int, address: Any, deadline: Deadline) -> tuple[Channel | None, str]:
         """One attempt: a channel, or what was seen instead."""
         limit = Deadline(deadline.within(_GREET_S))
         connection = socket.socket(family, socket.SOCK_STREAM)
@@ -362,20 +341,20 @@ class _Leaf:
             connection.close()
             return None, str(error) or "it does not answer"
         try:
-            hello = _receive(connection, HELLO, limit)
-            if not hello.startswith(GREETING):
+            hello = wire.receive(connection, wire.HELLO, limit)
+            if not hello.startswith(wire.GREETING):
                 raise ConnectionError("it speaks something else")
-            introduction = GREETING + os.urandom(_CHALLENGE) + self._token + _CLAIM.pack(self._rank, self._world_size)
-            connection.sendall(introduction + _code(self._key, b"leaf", hello, introduction))
-            channel = _Channel(connection, self._key, hello + introduction, root=False)
-            kind, payload = channel.receive(MAX_VALUE, limit)
+            introduction = wire.introduction(self._key, hello, self._claim)
+            connection.sendall(introduction)
+            channel = Channel(connection, self._key, hello + introduction, root=False)
+            kind, payload = channel.receive(MAX_VALUE, deadline)  # once said, it is not said again
         except OSError as error:
             connection.close()
-            return None, f"what listens there is not rank 0 of this job ({error or 'it does not answer'})"
-        if kind == WELCOME:
+            return None, f"what listens there does not answer as rank 0 of this job does ({error or 'it does not answer'})"
+        if kind == wire.WELCOME:
             return channel, ""
         connection.close()
-        if kind == STRANGER:
+        if kind == wire.STRANGER:
             raise CommError(
                 f"What listens at {named(*self._where)} has another key than rank {self._rank}: FLASHMOE_SECRET must be the "
                 "same on all ranks, and MASTER_PORT of this job alone."
