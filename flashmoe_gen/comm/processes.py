@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from .. import env, packages
-from ..errors import CommError, SpecError, UnsupportedError
+from ..errors import CommError, FlashMoEError, SpecError, UnsupportedError
 from ..launch.cuda import CudaTarget, device_count
 from ..launch.host import HostTarget
 from ..launch.target import Memory, Target
@@ -98,7 +98,19 @@ class ProcessTransport:
         self._source = source
         if self._heap_bytes is not None:
             laid_out(self._asked, self.world_size, self._heap_bytes)  # raises when nothing would fit
-            self._heaps = source.allocate(self._heap_bytes)
+            self._heaps = self._allocate(self._heap_bytes)
+
+    def _allocate(self, nbytes: int) -> Heaps:
+        heaps, why = None, ""
+        try:
+            heaps = self._source.allocate(nbytes)
+        except FlashMoEError as error:
+            why = str(error)
+        for told in self._trade(why):
+            if told:
+                raise CommError(told)
+        assert heaps is not None
+        return heaps
 
     def _trade(self, value: Any) -> list[Any]:
         return self.exchange(value, "the making of heaps")
@@ -135,7 +147,7 @@ class ProcessTransport:
         layout, before = laid_out(asked, self.world_size, self._heap_bytes), None
         self.target.synchronize()
         if self._heap_bytes is None:
-            before, self._heaps = self._heaps, self._source.allocate(layout.bytes)
+            before, self._heaps = self._heaps, self._allocate(layout.bytes)
         assert self._heaps is not None
         with self.words.lock:
             self._layout, self._asked = layout, asked
