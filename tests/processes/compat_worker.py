@@ -75,6 +75,7 @@ def wrong_on_one_rank(place: Place) -> None:
     program = Program(place=place)
     last = flashmoe.cb.get_world_size() - 1
     program.route()
+    flashmoe.cb.sync_all(place.stream_ptr)
     try:
         flashmoe.forward(
             program.flash_handle, program.args(**({"tokens": 0} if flashmoe.cb.get_rank() == last else {}))
