@@ -73,6 +73,7 @@ class ProcessTransport:
         self._asked = HeapNeeds()
         self._layout = HeapLayout.of(self._asked, self.world_size)
         self._layers: weakref.WeakSet[Restarts] = weakref.WeakSet()
+        self._parts: weakref.WeakSet[ProcessTransport] = weakref.WeakSet()
         weakref.finalize(self, self._board.depart)  # at the end of the interpreter too; waits for nobody
         _transports.add(self)
 
@@ -219,6 +220,7 @@ class ProcessTransport:
             heap_bytes=self._heap_bytes,
         )
         made.use(self._source.part(members, made._trade))
+        self._parts.add(made)
         return made
 
     # What ranks tell each other outside collectives ------------------------------------------------------------------
@@ -240,11 +242,16 @@ class ProcessTransport:
         self._board.depart()
 
     def release(self, *, abort: bool) -> None:
-        if not abort and self._source.collective:
-            try:
-                self.exchange(None, CLOSE)
-            except CommError:
-                abort = True
+        if not abort:
+            self.target.synchronize()
+        if self._source.collective:  # what it gives back, its parts use
+            for part in list(self._parts):
+                part.depart()
+            if not abort:
+                try:
+                    self.exchange(None, CLOSE)  # after it no kernel runs on any rank
+                except CommError:
+                    abort = True
         if self._heaps is not None:
             self._heaps.release(abort=abort)
         self._source.close(abort=abort)
