@@ -173,7 +173,8 @@ def test_memory_is_reserved_and_not_only_promised(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     "value",
-    [None, 3, -(2**80), "é\n", 0.1, float("inf"), True, b"\x00\xff", (1, ("a", None)), [1, (2,)], {"a": {1: (b"x",)}, (1, 2): []}, ()],
+    [None, 3, -(2**80), "é\n", 0.1, float("inf"), True, b"\x00\xff", (), (1, ("a", None)), [1, (2,)],
+     {"a": {1: (b"x",)}, (1, 2): []}],
 )  # fmt: skip
 def test_values_arrive_as_they_were(value: Any) -> None:
     back = shared.decode(shared.encode(value))

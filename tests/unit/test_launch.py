@@ -175,12 +175,12 @@ def test_targets_say_whose_memory_they_reach() -> None:
 def test_gpus_of_one_process_use_each_others_memory(monkeypatch: pytest.MonkeyPatch, can: bool) -> None:
     enabled = []
 
-    class Refused(Exception):
+    class RefusedError(Exception):
         pass
 
     def enable(peer: int) -> None:
         if (device.current, peer) in enabled:
-            raise Refused("cudaErrorPeerAccessAlreadyEnabled: peer access is already enabled")
+            raise RefusedError("cudaErrorPeerAccessAlreadyEnabled: peer access is already enabled")
         enabled.append((device.current, peer))
 
     class device:  # noqa: N801
@@ -199,7 +199,7 @@ def test_gpus_of_one_process_use_each_others_memory(monkeypatch: pytest.MonkeyPa
         def malloc(self) -> None:
             pass
 
-    runtime = SimpleNamespace(deviceCanAccessPeer=lambda a, b: can, deviceEnablePeerAccess=enable, CUDARuntimeError=Refused)
+    runtime = SimpleNamespace(deviceCanAccessPeer=lambda a, b: can, deviceEnablePeerAccess=enable, CUDARuntimeError=RefusedError)
     cuda = SimpleNamespace(runtime=runtime, Device=device, MemoryAsyncPool=AsyncPool, get_allocator=lambda: print)
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
     if not can:
