@@ -130,7 +130,7 @@ class Board(Words):
         ]
         self._failures = [_Text(self._all, _FAILED * world + peer, failures[peer]) for peer in range(world)]
         self._quiet = bytes(world * _WORD)
-        self._owner, self._pid = "", os.getpid()
+        self._owner = ""  # in a forked child: why it cannot be used
         self._number = 0  # exchanges that are over
         self._busy = threading.Lock()
         self._busy_thread = 0
@@ -171,15 +171,20 @@ class Board(Words):
     def depart(self) -> None:
         """Tell all that this rank has closed its end."""
         self.closed = True
-        if os.getpid() == self._pid:
+        if not self.disowned:
             self._departed[self._rank] = 1
             fence()
+
+    @property
+    def disowned(self) -> bool:
+        """Whether this is a forked child."""
+        return bool(self._owner)
 
     def disown(self) -> None:
         """In a forked child: it has no part in this, and must not change anything."""
         self.lock = threading.RLock()
         self.launches.clear()
-        self.closed, self._owner = True, f"it belongs to process {self._pid}, which this one was forked from."
+        self.closed, self._owner = True, f"it belongs to process {os.getppid()}, which this one was forked from."
 
     def ended(self, peer: int) -> str:
         """``""`` while the process of a rank goes on, else that it is no more."""
@@ -241,7 +246,7 @@ class Board(Words):
             self._posted[self._rank] = before
             fence()
             # Whoever has seen all ranks here looked twice, so if this one has come too late to leave, it sees them all here.
-            if [peer for peer in self._missing(word, what) if peer != self._rank]:
+            if [peer for peer in self._missing(word, what, sound) if peer != self._rank]:
                 raise
             self._posted[self._rank] = word
             self._number = number
@@ -250,7 +255,7 @@ class Board(Words):
         self._number = number
         fence()
 
-    def _missing(self, word: int, what: str) -> list[int]:
+    def _missing(self, word: int, what: str, sound: Callable[[], None]) -> list[int]:
         """Ranks that are not here: neither in this exchange nor in the next one.
 
         Raises:
@@ -268,6 +273,7 @@ class Board(Words):
                     _HEADER.unpack_from(self._boxes[peer][(word >> 32) % 2])[1].rstrip(b"\0").decode(errors="ignore")
                 )
                 if self._posted[peer] == posted:
+                    sound()  # it may have learnt of a failure before
                     why = f"Rank {self._rank} is in {what} where rank {peer} is in {other}."
                     self.fail(why)
                     raise CommError(f"{why} All ranks do the same in the same order.")
@@ -275,19 +281,21 @@ class Board(Words):
 
     def _await(self, word: int, what: str, seconds: float, sound: Callable[[], None]) -> None:
         start, look, pause = time.monotonic(), 0.0, 2e-5
-        while (missing := self._missing(word, what)) or (missing := self._missing(word, what)):
+        while (missing := self._missing(word, what, sound)) or (missing := self._missing(word, what, sound)):
             sound()
             now = time.monotonic()
             if now >= look:
                 look = now + _LOOK_S
                 closed = [peer for peer in missing if self._departed[peer] and what != CLOSE]
                 ended = {peer: why for peer in missing if (why := self.ended(peer))}
-                for peer in self._missing(word, what):  # the last thing it did may have been to come here
-                    if peer in closed:
-                        raise CommError(f"{what} cannot be: {_closed(peer)}")
-                    if peer in ended:
+                still = self._missing(word, what, sound)  # the last thing it did may have been to come here
+                for peer in ended:
+                    if peer in still:
                         self.fail(ended[peer])
                         raise CommError(f"{what} cannot be: {ended[peer]}")
+                for peer in closed:
+                    if peer in still:
+                        raise CommError(f"{what} cannot be: {_closed(peer)}")
             if seconds and now - start > seconds:
                 ranks = ", ".join(map(str, missing))
                 raise CommError(f"{what}: rank{'s' * (len(missing) > 1)} {ranks} did not come within {seconds:g} s.")

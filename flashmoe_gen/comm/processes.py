@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from .. import env, packages
-from ..errors import CommError, SpecError, UnsupportedError
+from ..errors import CommError, FlashMoEError, SpecError, UnsupportedError
 from ..launch.cuda import CudaTarget, device_count
 from ..launch.host import HostTarget
 from ..launch.target import Memory, Target
@@ -75,7 +75,7 @@ class ProcessTransport:
     ) -> None:
         self.rank = self.local_rank = rank
         self.world_size = len(processes)
-        self.ranks_here = (rank,)
+        self.ranks_here: tuple[int, ...] = (rank,)
         self.sharing, self.device, self.target = sharing, device, target
         self._board = Board(memory, rank, processes)
         self.words: Words = self._board
@@ -98,7 +98,19 @@ class ProcessTransport:
         self._source = source
         if self._heap_bytes is not None:
             laid_out(self._asked, self.world_size, self._heap_bytes)  # raises when nothing would fit
-            self._heaps = source.allocate(self._heap_bytes)
+            self._heaps = self._allocate(self._heap_bytes)
+
+    def _allocate(self, nbytes: int) -> Heaps:
+        heaps, why = None, ""
+        try:
+            heaps = self._source.allocate(nbytes)
+        except FlashMoEError as error:
+            why = str(error)
+        for told in self._trade(why):
+            if told:
+                raise CommError(told)
+        assert heaps is not None
+        return heaps
 
     def _trade(self, value: Any) -> list[Any]:
         return self.exchange(value, "the making of heaps")
@@ -135,7 +147,7 @@ class ProcessTransport:
         layout, before = laid_out(asked, self.world_size, self._heap_bytes), None
         self.target.synchronize()
         if self._heap_bytes is None:
-            before, self._heaps = self._heaps, self._source.allocate(layout.bytes)
+            before, self._heaps = self._heaps, self._allocate(layout.bytes)
         assert self._heaps is not None
         with self.words.lock:
             self._layout, self._asked = layout, asked
@@ -166,23 +178,31 @@ class ProcessTransport:
     # Collectives -----------------------------------------------------------------------------------------------------
 
     def exchange(self, value: T, what: str) -> list[T]:
-        return self._board.exchange(value, what, env.timeout_s(), lambda: self._require(what))
+        return self._exchange(value, what, env.timeout_s())
 
-    def _require(self, what: str) -> None:
-        if (self.words.closed and what != CLOSE) or what not in (RESET, CLOSE):
-            require_sound(self.words)
+    def _exchange(self, value: Any, what: str, seconds: float) -> list[Any]:
+        def sound() -> None:
+            if (self.words.closed and what != CLOSE) or what not in (RESET, CLOSE):
+                require_sound(self.words)
+
+        try:
+            return self._board.exchange(value, what, seconds, sound)
+        except Exception:
+            raise
+        except BaseException as error:  # Ctrl-C: peers may wait for this rank, which goes elsewhere
+            self.fail(f"Rank {self.rank} raised {reason(error)}")
+            raise
 
     def agree(self, what: str, value: Mapping[str, Any] | BaseException, needs: HeapNeeds | None = None) -> None:
         place, timeout = f"the making of {what}", env.timeout_s()
         deadline = max(BUILD_S, timeout) if timeout else 0.0
-        try:
-            if isinstance(value, BaseException):
-                if not isinstance(value, Exception):  # Ctrl-C does not wait
-                    return self.fail(f"Rank {self.rank} raised {reason(value)}")
-                with suppress(CommError):
-                    self._board.exchange((None, reason(value)), place, deadline, lambda: self._require(place))
-                return
-            said = self._board.exchange((dict(value), ""), place, deadline, lambda: self._require(place))
+        if isinstance(value, Exception):
+            with suppress(CommError):
+                self._exchange((None, reason(value)), place, deadline)
+        elif isinstance(value, BaseException):  # Ctrl-C does not wait
+            self.fail(f"Rank {self.rank} raised {reason(value)}")
+        else:
+            said = self._exchange((dict(value), ""), place, deadline)
             for rank, (_, why) in enumerate(said):
                 if why:
                     raise CommError(cannot(rank, what, why))
@@ -190,10 +210,6 @@ class ProcessTransport:
                 raise CommError(why)
             if needs is not None:
                 self._fit(needs)
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                self.fail(f"Rank {self.rank} raised {reason(error)}")
-            raise
 
     def await_agreement(self, what: str) -> None:
         pass  # agree() has waited
@@ -222,7 +238,7 @@ class ProcessTransport:
 
     def fail(self, why: str) -> None:
         with self.words.lock:
-            if self.words.closed:  # nobody waits for this rank any more, or it is another process's
+            if self._board.disowned:
                 return
             self._board.fail(why)
             for launch in list(self.words.launches):
@@ -336,7 +352,7 @@ class _Place:
         }
 
     def target(self, sharing: int) -> Target:
-        return HostTarget(sharing) if self.device is None else CudaTarget(None, 1, device=self.device)  # type: ignore[call-arg]
+        return HostTarget(sharing) if self.device is None else CudaTarget(device=self.device)
 
 
 def _uuid(device: int) -> str:
@@ -366,6 +382,6 @@ def _require_alike(facts: Sequence[Mapping[str, Any]]) -> None:
 def _source(transport: ProcessTransport, device: int | None, heap_bytes: int | None) -> HeapSource:
     if device is None:
         return HostHeapSource(transport.rank, transport.world_size, transport._trade)
-    from .nvshmem import NvshmemSource  # type: ignore[import-untyped]
+    from .nvshmem import NvshmemSource
 
-    return NvshmemSource.join(transport.rank, transport.world_size, device, transport._trade, heap_bytes)  # type: ignore[no-any-return]
+    return NvshmemSource.join(transport.rank, transport.world_size, device, transport._trade, heap_bytes)

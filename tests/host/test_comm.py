@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from world import BOUNDS, Problem, World, on_ranks, relative_error, routes
 
@@ -127,5 +126,5 @@ def test_what_is_reserved_is_checked_and_compared() -> None:
         with pytest.raises(fmg.SpecError, match=message):
             first.reserve(wrong)  # type: ignore[arg-type]
     first.reserve(SPEC)
-    with pytest.raises(fmg.CommError, match="disagree on reservation 0: heap.max_tokens=12 on rank 0 and .*=300 on rank 1"):
+    with pytest.raises(fmg.CommError, match=r"disagree on reservation 0: heap.max_tokens=12 on rank 0 and .*=300 on rank 1"):
         second.reserve(LARGE)
