@@ -74,15 +74,18 @@ class Rank:
         tile = fmg.default_tile(spec, self.arch, program)  # type: ignore[arg-type]
         return spec, tile.replace(math=math) if spec.dtype == "float32" else tile
 
-    def build(self) -> None:
-        """Compile what the cases use, this rank its share: later each finds all in the cache, or waits for who compiles it."""
-        kernels: list[tuple[Any, ...]] = [
-            (*self.way(way, **fields), None)
-            for way in self.ways
-            for fields in ({}, {"batch_invariant": True}, {"batch_invariant": True, "world": 1})
-        ]
-        plain = self.way(next(iter(self.ways)))
-        kernels.append((*plain, fmg.Instrument(delay_ns=1)))
+    def build(self, groups: list[str]) -> None:
+        """Compile this rank's share of what the groups use: later each finds it in the cache, or waits for who compiles it.
+
+        What does not compile is left to its layer, which raises.
+        """
+        first = next(iter(self.ways))
+        kernels: list[tuple[Any, ...]] = [(*self.way(way), None) for way in (self.ways if "bounds" in groups else [first])]
+        if "invariant" in groups:
+            worlds = (self.world, 1)
+            kernels += [(*self.way(way, batch_invariant=True, world=n), None) for way in self.ways for n in worlds]
+        if "delays" in groups:
+            kernels.append((*self.way(first), fmg.Instrument(delay_ns=1)))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for spec, tile, instrument in kernels[self.rank :: self.world]:
                 pool.submit(fmg.generate(spec, arch=self.arch, tile=tile, instrument=instrument).compile)
@@ -341,7 +344,7 @@ def main() -> None:
     failed = False
     me = Rank(target)
     try:
-        me.build()
+        me.build(groups)
         results["build_seconds"] = round(time.monotonic() - start, 2)
         for name in groups:
             begun = time.monotonic()

@@ -10,7 +10,8 @@ import pytest
 from spawn import ROOT, spawn
 
 WORKER = ROOT / "tests" / "multigpu" / "worker.py"
-GROUPS = ("placements", "invariant", "delays", "two_layers", "bad_input", "different_calls")
+GROUPS = ("placements", "delays", "two_layers", "bad_input", "different_calls")
+ALL = ("bounds", "invariant", "many")
 
 
 def results(folder: Path, *groups: str, survivors: tuple[int, ...] = (0, 1), **variables: str) -> list[dict[str, Any]]:
@@ -45,8 +46,8 @@ def test_cases(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_every_dtype_and_many_calls(tmp_path: Path) -> None:
-    for found in results(tmp_path, "bounds", "many"):
-        assert_right(found, ("bounds", "many"))
+    for found in results(tmp_path, *ALL):
+        assert_right(found, ALL)
 
 
 def test_a_killed_process_is_named(tmp_path: Path) -> None:
