@@ -27,20 +27,6 @@ def test_single_process() -> None:
         comm.barrier()
 
 
-@pytest.mark.parametrize("method", ["mpi", "torch", "slurm"])
-def test_several_processes_are_not_supported_yet(method: str) -> None:
-    with pytest.raises(fmg.UnsupportedError, match=f"method='{method}'.*local_group"):
-        fmg.comm.init(method)  # type: ignore[arg-type]
-
-
-def test_auto_does_not_ignore_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(fmg.UnsupportedError, match="WORLD_SIZE=4"):
-        fmg.comm.init()
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert fmg.comm.init().world_size == 1
-
-
 def test_unknown_method() -> None:
     with pytest.raises(fmg.SpecError, match="method='ucx'"):
         fmg.comm.init("ucx")  # type: ignore[arg-type]

@@ -16,7 +16,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-LAUNCHERS = ("PMI", "OMPI_", "MPI_LOCAL", "HYD", "PRTE_", "SLURM_", "TORCHELASTIC_", "LOCAL_", "GROUP_", "ROLE_", "MASTER_")
+LAUNCHERS = (
+    "PMI",
+    "OMPI_",
+    "MPI_LOCAL",
+    "HYD",
+    "PRTE_",
+    "SLURM_",
+    "TORCHELASTIC_",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+    "MASTER_",
+)
 
 
 class Ended(NamedTuple):
@@ -32,6 +44,7 @@ def environment(**variables: str | None) -> dict[str, str]:
     plain = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     made = {**plain, "PYTHONPATH": path, "FLASHMOE_TARGET": "host", "RANK": None, "WORLD_SIZE": None, **variables}
+    made["PYTHONUNBUFFERED"] = None  # with it a line is written in pieces, between which another rank's may come
     return {name: value for name, value in made.items() if value is not None}
 
 
@@ -70,7 +83,12 @@ class Spawned:
                     words = [str(word) for word in command]
                     self.processes.append(
                         subprocess.Popen(
-                            words, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+                            words,
+                            env=variables,
+                            stdin=subprocess.DEVNULL,
+                            stdout=out,
+                            stderr=err,
+                            start_new_session=True,
                         )
                     )
         except BaseException:
@@ -97,7 +115,9 @@ class Spawned:
             while text not in self.said(number):
                 code = self.processes[number].poll()
                 error = self._file(number, "err").read_text(errors="replace")
-                assert code is None and time.monotonic() < end, f"process {number} ({code}) did not say {text}:\n{error}"
+                assert code is None and time.monotonic() < end, (
+                    f"process {number} ({code}) did not say {text}:\n{error}"
+                )
                 time.sleep(0.005)
 
     def kill(self, number: int) -> None:
@@ -154,7 +174,9 @@ def spawn(
     port = str(free_port())
     ranks = [{"RANK": str(rank), "WORLD_SIZE": str(world_size)} for rank in range(world_size)]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}
-    environments = [environment(**common, **ranks[rank], **(each[rank] if each else {})) for rank in range(world_size)]
+    environments = [
+        environment(**{**common, **ranks[rank], **(each[rank] if each else {})}) for rank in range(world_size)
+    ]
     return Spawned([[sys.executable, script, *words]] * world_size, environments)
 
 
