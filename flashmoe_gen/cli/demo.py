@@ -19,7 +19,7 @@ from ..errors import SpecError
 from ..launch.cuda import CudaTarget, device_name
 from ..launch.host import HostTarget
 from ..plan import resolve_combine
-from ..programs import plan_kernel, resolve
+from ..programs import plan_kernel
 from ..render import KernelSource, generate
 from ..spec import MAX_TOKENS, MoESpec
 from ..tile import Combine, Schedule, TileConfig
@@ -225,7 +225,7 @@ class _Demo:
         return ranks, checks
 
     def _combine(self) -> Combine:
-        return resolve_combine(self.spec, self.schedule, resolve(self.spec, self.tile.program, self.arch).default_combine)
+        return resolve_combine(self.spec, self.schedule)
 
     def _alone(self) -> MoESpec:
         return self.spec.replace(world_size=1, max_tokens=self.spec.world_size * self.spec.max_tokens)

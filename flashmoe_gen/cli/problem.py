@@ -18,7 +18,7 @@ from ..fused import launch_shape
 from ..launch.target import Target
 from ..layout import HeapLayout, HeapNeeds, ScratchLayout, layer_regions, total_bytes
 from ..plan import plan_schedule, resolve_combine
-from ..programs import plan_kernel, resolve
+from ..programs import plan_kernel
 from ..spec import MoESpec, Placement
 from ..tile import Schedule, TileConfig
 from . import console
@@ -97,7 +97,7 @@ def runtime_bytes(
     processors, workers = target.expected(launch_shape(spec, tile, arch), spec.world_size)
     local = len(Placement.default(spec.num_experts, spec.world_size).local_experts(0))
     plan = plan_kernel(spec, tile, arch)
-    combine = resolve_combine(spec, schedule, resolve(spec, tile.program, arch).default_combine)
+    combine = resolve_combine(spec, schedule)
     order = plan_schedule(spec, tile, plan, schedule, combine=combine, local_experts=local, processors=processors)
     scratch = ScratchLayout.of(spec, tile, plan, order, local_experts=local, planners=workers - target.system_workers)
     own = total_bytes(layer_regions(workers * plan.tracks, trace_events))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from ..errors import SpecError
@@ -84,15 +85,19 @@ def init(
         bootstrap.close()
 
 
-def local_group(world_size: int, *, heap_bytes: int | None = None) -> list[Communicator]:
+def local_group(
+    world_size: int, *, heap_bytes: int | None = None, devices: Sequence[int] | None = None
+) -> list[Communicator]:
     """In-process ranks, one communicator per rank; on the host target use each from a thread of its own.
 
     Args:
-        world_size: 1 to 8.
-        heap_bytes: limit of one rank's symmetric heap; default: what the layers need.
+        world_size: 1 to 64.
+        heap_bytes: bytes of a rank's symmetric heap; default: what the layers need.
+        devices: number of each rank's GPU, whichever is the current one; ranks on the same one share it evenly. GPUs reach each
+            other through peer access. Default: all ranks where their layers are made, on one GPU or on the host.
 
     Raises:
-        SpecError: ``world_size`` out of range.
+        SpecError: an argument is not valid.
     """
     try:
         count = operator.index(world_size)
@@ -100,5 +105,10 @@ def local_group(world_size: int, *, heap_bytes: int | None = None) -> list[Commu
         count = 0
     if isinstance(world_size, bool) or not 1 <= count <= MAX_WORLD_SIZE:
         raise SpecError(f"world_size={world_size!r} is not valid. Must be between 1 and {MAX_WORLD_SIZE}.")
-    group = LocalGroup(count, _checked_heap_bytes(heap_bytes))
+    numbers = None
+    if devices is not None:
+        numbers = [number for number in map(_checked_device, devices) if number is not None]
+        if len(numbers) != count:
+            raise SpecError(f"devices={devices!r} is not valid. Must be None or a GPU for each of the {count} ranks.")
+    group = LocalGroup(count, _checked_heap_bytes(heap_bytes), numbers)
     return [Communicator(LocalTransport(group, rank)) for rank in range(count)]

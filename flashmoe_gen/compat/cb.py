@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 
+from ..comm.bootstrap import launched
 from ..launch import choose
 from . import memory, world
 
-_LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "SLURM_LOCALID")
-
 
 def get_local_rank() -> int:
-    """This process among those of its machine, which is also the GPU it should take; 0 where no launcher started it."""
+    """This process among those of its machine, which is also the GPU it should take; 0 where no launcher started it.
+
+    Raises:
+        SpecError: two launchers contradict each other.
+    """
     if (joined := world.current()) is not None:
         return joined.local_rank
-    for name in _LOCAL_RANKS:
-        if (value := os.environ.get(name, "")).isdigit():
-            return int(value)
-    return 0
+    return launched("auto", os.environ).rank  # all ranks are on one machine, or cannot join
 
 
 def initialize() -> None:

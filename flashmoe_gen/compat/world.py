@@ -9,6 +9,7 @@ from ..comm import Communicator
 from ..errors import CommError, SpecError, UnsupportedError
 from ..spec import Placement
 from ..values import integer
+from . import memory
 from .arguments import InitArgs, Topology
 
 _DEPENDENT = ("ep_world", "num_local_experts", "my_pe", "expert_map", "rank_map")
@@ -35,8 +36,10 @@ def joined() -> Communicator:
     return _world
 
 
-def join(device_id: int | None = None) -> Communicator:
+def join(device_id: int) -> Communicator:
     """The communicator of all ranks of the job, made when this is the first time; collective then.
+
+    ``device_id`` is this rank's GPU; without meaning for the host target.
 
     Raises:
         What :func:`flashmoe_gen.comm.init` raises.
@@ -44,7 +47,8 @@ def join(device_id: int | None = None) -> Communicator:
     global _world
     with _lock:
         if _world is None:
-            _world = comm.init("auto")
+            on_gpu = memory.target_name() == "cuda"
+            _world = comm.init("auto", target="cuda" if on_gpu else "host", device=device_id if on_gpu else None)
         return _world
 
 

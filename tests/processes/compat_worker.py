@@ -75,13 +75,18 @@ def wrong_on_one_rank(place: Place) -> None:
     program = Program(place=place)
     last = flashmoe.cb.get_world_size() - 1
     program.route()
+    flashmoe.cb.sync_all(place.stream_ptr)
     try:
-        flashmoe.forward(program.flash_handle, program.args(**({"tokens": 0} if flashmoe.cb.get_rank() == last else {})))
+        flashmoe.forward(
+            program.flash_handle, program.args(**({"tokens": 0} if flashmoe.cb.get_rank() == last else {}))
+        )
         flashmoe.cb.world.joined().check()
     except SpecError as error:
         assert flashmoe.cb.get_rank() == last and "tokens=0 is not valid" in str(error)
     except CommError as error:
-        assert flashmoe.cb.get_rank() != last and f"rank {last}" in str(error).lower() and "tokens=0" in str(error), error
+        assert flashmoe.cb.get_rank() != last and f"rank {last}" in str(error).lower() and "tokens=0" in str(error), (
+            error
+        )
     else:
         raise AssertionError("no error")
     with suppress(CommError):  # a rank that leaves now would give the others another reason

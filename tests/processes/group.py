@@ -23,7 +23,7 @@ from flashmoe_gen.comm import processes  # noqa: E402
 
 
 class FileBootstrap:
-    """See :class:`flashmoe_gen.comm.processes.Bootstrap`."""
+    """See :class:`flashmoe_gen.comm.bootstrap.Bootstrap`."""
 
     method = "env"
 

@@ -212,7 +212,16 @@ def test_processes_that_do_not_fit_together(told: Told) -> None:
         assert second == first or second.startswith("SpecError: FLASHMOE_TARGET='tpu'")
 
 
-FACTS = {"error": "", "machine": "a", "host": "h", "version": "1", "method": "env", "world_size": 3, "target": "cuda", "heap_bytes": None}
+FACTS = {
+    "error": "",
+    "machine": "a",
+    "host": "h",
+    "version": "1",
+    "method": "env",
+    "world_size": 3,
+    "target": "cuda",
+    "heap_bytes": None,
+}
 
 
 @pytest.mark.parametrize(

@@ -161,10 +161,22 @@ def test_a_handle_of_something_else(handle: Any) -> None:
         flashmoe.router.finalize(handle, 0)
 
 
-@pytest.mark.parametrize("name", ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"])
-def test_the_local_rank_is_what_the_launcher_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for known in flashmoe.cb._LOCAL_RANKS:
-        monkeypatch.delenv(known, raising=False)
-    assert flashmoe.get_local_rank() == 0
-    monkeypatch.setenv(name, "3")
-    assert flashmoe.get_local_rank() == 3
+LAUNCHERS = {
+    "none": ({}, 0),
+    "a world left in a shell": ({"WORLD_SIZE": "4"}, 0),
+    "mpirun of MPICH": ({"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALNRANKS": "4"}, 3),
+    "mpirun of Open MPI": ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"}, 2),
+    "srun": ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7"}, 1),
+    "torchrun": (
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x"}, 1
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("variables", "rank"), LAUNCHERS.values(), ids=LAUNCHERS)
+def test_the_local_rank_is_what_the_launcher_says(variables: dict[str, str], rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in {name for known, _ in LAUNCHERS.values() for name in known}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert flashmoe.get_local_rank() == rank
