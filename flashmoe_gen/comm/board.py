@@ -211,10 +211,10 @@ class Board(Words):
             raise CommError(f"{what} inside another collective of the same rank (in a signal handler?).")
         data = encode(value)
         parts = [b""] * self._world
+        sent, longest = 0, 1  # before the try: an interrupt may come at any line
         with self._busy:
             try:
                 self._busy_thread = threading.get_ident()
-                sent, longest = 0, 1
                 while sent < longest:
                     self._pass(data, sent, what, seconds, sound)
                     for peer in range(self._world):

@@ -44,6 +44,7 @@ def environment(**variables: str | None) -> dict[str, str]:
     plain = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     made = {**plain, "PYTHONPATH": path, "FLASHMOE_TARGET": "host", "RANK": None, "WORLD_SIZE": None, **variables}
+    made["PYTHONUNBUFFERED"] = None  # with it a line is written in pieces, between which another rank's may come
     return {name: value for name, value in made.items() if value is not None}
 
 
