@@ -13,7 +13,7 @@ from rich.text import Text
 from .. import __version__, env, packages
 from ..arch import ARCHS
 from ..compile import compiler_identity, find_host_compiler
-from ..errors import FlashMoEError
+from ..errors import FlashMoEError, UnsupportedError
 from ..launch.cuda import CudaTarget, device_count
 from . import console
 from .console import JsonFlag
@@ -61,7 +61,8 @@ def collect() -> dict[str, Any]:
             "compiling and running on the host": _try(lambda: find_host_compiler().version),
             "compiling for GPUs": _try(lambda: compiler_identity("sm_90a").split(" -")[0]),
             "running on GPUs": _try(lambda: _target(CudaTarget())),
-            "ranks in several processes": {"usable": False, "detail": _several_processes()},
+            "ranks that are processes, on the host": _try(_several_processes),
+            "ranks that are processes, on GPUs": _try(packages.check_nvshmem),
         },
         "gpus": _gpus(),
         "environment": {name: _setting(name, read) for name, read in _VARIABLES.items()},
@@ -80,13 +81,10 @@ def _target(target: CudaTarget) -> str:
 
 
 def _several_processes() -> str:
-    none_yet = "this version does not run them yet"
-    if not any(packages.version(name) for pair in packages.NVSHMEM_PAIRS.values() for name in pair):
-        return f"{none_yet}, and NVSHMEM is not installed"
-    try:
-        return f"{none_yet}; {packages.check_nvshmem()}, a tested pair, is installed"
-    except FlashMoEError as error:
-        return f"{none_yet}. {error}"
+    if not hasattr(os, "memfd_create"):
+        raise UnsupportedError("They need Linux: they share memory through memfd_create.")
+    mpi = packages.version("mpi4py")
+    return f"srun, torchrun, RANK and WORLD_SIZE, {f'mpirun with mpi4py {mpi}' if mpi else 'no mpirun: mpi4py is not installed'}"
 
 
 def _cpu() -> str:
