@@ -3,8 +3,8 @@
 ``mpirun -n 2 python tuning/ep.py OUT.json [--tokens 1,128,4096] [--model NAME ...] [--commit ID]``, or under torchrun; needs a GPU
 for each process. ``alone`` is a layer of one rank on each GPU, with the experts that this rank holds and as many tokens: the same
 weights are read and the same number of routes computed as with uniform routing on all ranks, but nothing crosses NVLink. (One
-GPU does not hold all experts of every model.) Times are the maximum over ranks of the median of graph replays; a replay before each
-one brings the ranks in step.
+GPU does not hold all experts of every model.) Times are medians over graph replays of the slowest rank's; a barrier and a replay
+before each one bring the ranks in step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def captured(stream: Any, layer: fmg.MoELayer, experts: fmg.Experts, inputs: lis
 
 
 def median_us(graph: Any, stream: Any, comm: fmg.comm.Communicator, samples: int, calls: int) -> float:
-    """Microseconds per call."""
+    """Microseconds per call: the median over samples of the maximum over ranks."""
     times = []
     for _ in range(samples + 1):
         start, end = cupy.cuda.Event(), cupy.cuda.Event()
@@ -49,13 +49,9 @@ def median_us(graph: Any, stream: Any, comm: fmg.comm.Communicator, samples: int
         graph.launch(stream)
         end.record(stream)
         end.synchronize()
-        times.append(1e3 * cupy.cuda.get_elapsed_time(start, end) / calls)
-    return statistics.median(times[1:])
-
-
-def slowest(comm: fmg.comm.Communicator, us: float) -> float:
-    """The maximum over ranks."""
-    return max(value / 1e3 for value in comm._transport.exchange(round(us * 1e3), "timing"))
+        times.append(round(1e6 * cupy.cuda.get_elapsed_time(start, end) / calls))
+    everyone = comm._transport.exchange(tuple(times[1:]), "timing")
+    return statistics.median(map(max, zip(*everyone))) / 1e3
 
 
 def main() -> None:
@@ -96,10 +92,10 @@ def main() -> None:
             cell: dict[str, Any] = {"model": name, "tokens_per_rank": tokens}
             for combine, layer in layers.items():
                 graph = captured(stream, layer, experts, inputs, calls)
-                cell[f"{combine}_us"] = round(slowest(comm, median_us(graph, stream, comm, options.samples, calls)), 2)
+                cell[f"{combine}_us"] = round(median_us(graph, stream, comm, options.samples, calls), 2)
                 layer.check()
             graph = captured(stream, alone, experts, mine, calls)
-            cell["alone_us"] = round(slowest(comm, median_us(graph, stream, comm, options.samples, calls)), 2)
+            cell["alone_us"] = round(median_us(graph, stream, comm, options.samples, calls), 2)
             alone.check()
             cell["ratio"] = round(min(cell["rank_us"], cell["route_us"]) / cell["alone_us"], 3)
             report["cells"].append(cell)

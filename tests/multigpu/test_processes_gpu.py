@@ -16,17 +16,22 @@ import pytest
 
 pytestmark = pytest.mark.multigpu
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 WORKER = str(HERE / "worker.py")
 GROUPS = ("bounds", "placements", "invariant", "graphs", "many", "delays", "two_layers", "bad_input", "different_calls")
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "FLASHMOE_TIMEOUT_S": "20", "NVSHMEM_DISABLE_NVLS": "1", **more}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "FLASHMOE_TIMEOUT_S": "20", "NVSHMEM_DISABLE_NVLS": "1", **more}
 
 
-def run(command: list[str], **more: str) -> None:
-    done = subprocess.run(command, env=environment(**more), capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+def run(command: list[str], **more: str) -> str:
+    """Run a launcher to its end, or end it in time for it to end its ranks; what it printed."""
+    limited = ["timeout", "-k", "10", "240", *command]
+    done = subprocess.run(limited, env=environment(**more), capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.returncode}: {done.stdout[-3000:]}{done.stderr[-6000:]}"
+    return done.stdout
 
 
 def results(folder: Path, ranks: tuple[int, ...] = (0, 1)) -> list[dict[str, Any]]:
@@ -44,7 +49,7 @@ def mpirun(*command: str) -> list[str]:
     if program is None:
         pytest.skip("mpirun is not on this machine")
     as_root = ["--allow-run-as-root"] if os.getuid() == 0 else []
-    return [program, *as_root, "-n", "2", sys.executable, *command]
+    return [program, *as_root, "--bind-to", "none", "-n", "2", sys.executable, *command]  # a rank compiles on all cores
 
 
 def torchrun(*command: str) -> list[str]:
@@ -61,7 +66,7 @@ def assert_right(found: dict[str, Any]) -> None:
             if name == "invariant":
                 assert each, f"{case}: other bits than on one GPU"
             elif "bound" in each:
-                assert each["error"] <= each["bound"], f"{name}, {case}: {each}"
+                assert each["error"] <= each["bound"] and each.get("same_bits", True), f"{name}, {case}: {each}"
 
 
 def test_under_mpirun(tmp_path: Path) -> None:
@@ -101,7 +106,7 @@ def test_a_killed_process_is_named(tmp_path: Path) -> None:
         assert ranks[1].wait(120) < 0
         killed = time.monotonic()
         assert ranks[0].wait(60) == 0
-        assert time.monotonic() - killed < 30  # the deadline, and the end of a process that has used a GPU
+        assert time.monotonic() - killed < 20  # the deadline of 5 s, and the end of a process that has used a GPU
     finally:
         for rank in ranks:
             rank.kill()
@@ -111,4 +116,10 @@ def test_a_killed_process_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("launcher", [mpirun, torchrun])
 def test_the_example(launcher: Any) -> None:
-    run(launcher(str(HERE.parents[1] / "examples" / "expert_parallel.py")))
+    said = run(launcher(str(ROOT / "examples" / "expert_parallel.py")))
+    assert "2 rank(s) on cuda" in said, said
+
+
+def test_programs_of_flashmoe_py() -> None:
+    said = run(mpirun(str(HERE / "compat_worker.py")))
+    assert all(f"rank {rank} of 2: ok" in said for rank in range(2)), said

@@ -17,6 +17,7 @@ from work import bad_call, call, layer_of
 import flashmoe_gen as fmg
 
 Told = list[dict[str, Any]]
+AT_ONCE_S = 20  # on a busy machine, with a compiler at work; the deadline is 60 s
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_bad_input_on_one_rank(told: Told, which: str) -> None:
     """The peers raise at once, whether they were in the call already or came later; after reset() all is right again."""
     for rank, results in enumerate(told):
         for error, seconds in results[which]:
-            assert "SpecError: x has shape" in error and seconds < 5
+            assert "SpecError: x has shape" in error and seconds < AT_ONCE_S
             assert rank == 1 or error.startswith(
                 "CommError: The communicator has failed: Rank 1 raised SpecError: x has"
             )
@@ -96,7 +97,7 @@ def test_an_error_in_route(told: Told) -> None:
     assert told[1]["in_route"][0].startswith("SpecError")
     for rank in (0, 2):
         error, seconds = told[rank]["in_route"]
-        assert "Rank 1 raised SpecError: x " in error and seconds < 5
+        assert "Rank 1 raised SpecError: x " in error and seconds < AT_ONCE_S
 
 
 def interrupted() -> list[Any]:
@@ -122,7 +123,7 @@ def interrupted() -> list[Any]:
 def test_ctrl_c_on_one_rank(told: Told) -> None:
     for rank in (0, 2):
         for error, seconds in told[rank]["interrupted"]:
-            assert "Rank 1 raised KeyboardInterrupt" in error and seconds < 5
+            assert "Rank 1 raised KeyboardInterrupt" in error and seconds < AT_ONCE_S
 
 
 def late() -> list[Any]:
@@ -150,8 +151,8 @@ def test_a_late_rank(told: Told) -> None:
     for rank in (0, 1):
         (barrier, waited), (kernel, ran) = told[rank]["late"]
         assert barrier.startswith("CommError: barrier(): rank") and "2 did not come within 0.5 s." in barrier
-        assert 0.5 <= waited < 2
-        assert kernel.startswith("KernelTimeoutError: rank ") and "of rank 2 (expected" in kernel and ran < 3
+        assert 0.5 <= waited < AT_ONCE_S
+        assert kernel.startswith("KernelTimeoutError: rank ") and "of rank 2 (expected" in kernel and ran < AT_ONCE_S
         assert "has ended" not in kernel
     assert "The communicator has failed: a wait of rank" in told[2]["late"][0][0]  # it was in neither, and knows
 
@@ -187,14 +188,14 @@ def test_closing_in_any_order(told: Told) -> None:
     for rank, last in ((2, 0), (1, 1)):
         used, barrier, reset, check = told[rank]["closing"][last]
         for error, seconds in (used, barrier, reset):
-            assert "rank 0 has closed its communicator" in error and seconds < 1
+            assert "rank 0 has closed its communicator" in error and seconds < AT_ONCE_S
         assert check[0] == ""  # its calls went well
     for rank in range(3):
         after = [results for results in told[rank]["closing"] if len(results) == 2 and isinstance(results[1], str)]
         assert after == 2 * [2 * ["CommError: The communicator is closed."]]
     for rank in (0, 2):
         error, seconds = told[rank]["closing"][-1]
-        assert "rank 1 has closed its communicator" in error and seconds < 5
+        assert "rank 1 has closed its communicator" in error and seconds < AT_ONCE_S
 
 
 def aborting() -> list[Any]:
@@ -213,11 +214,32 @@ def aborting() -> list[Any]:
 
 
 def test_abort_ends_the_calls_of_all(told: Told) -> None:
-    assert told[1]["aborting"][0] == "" and told[1]["aborting"][1] < 0.5
+    assert told[1]["aborting"][0] == "" and told[1]["aborting"][1] < AT_ONCE_S
     for rank in (0, 2):
         error, seconds, closed = told[rank]["aborting"]
-        assert "rank 1 has closed it with abort=True" in error and seconds < 5
+        assert "rank 1 has closed it with abort=True" in error and seconds < AT_ONCE_S
         assert closed.startswith("CommError: The communicator is closed")
+
+
+def leaving() -> list[Any]:
+    """A program ends, by an exception that nobody catches, while its peers wait for it."""
+    comm = join()
+    layer = layer_of(comm)
+    call(layer)
+    if comm.rank == 1:
+        say("leaving")
+        raise SystemExit("an error")
+    return [timed(lambda: call(layer)), timed(comm.barrier)]
+
+
+def test_a_program_that_ends_tells_and_waits_for_nobody(tmp_path: Path) -> None:
+    group = Group(tmp_path, __name__, "leaving", 3)
+    group.await_file("leaving")
+    start = time.monotonic()
+    assert group.ranks[1].wait(AT_ONCE_S) == 1 and time.monotonic() - start < AT_ONCE_S
+    for rank, results in enumerate(group.results(without=(1,))):
+        for error, seconds in results or ():
+            assert rank != 1 and "has closed its communicator" in error and seconds < AT_ONCE_S
 
 
 # ---- Killed ----
@@ -254,7 +276,7 @@ def test_a_killed_rank_is_named(tmp_path: Path, what: str) -> None:
         assert f"the process of rank 1 (pid {pid}) has ended" in error or "The process of rank 1 has ended" in error
         assert ("KernelTimeoutError" in error) == (what == "kernel")
         assert "rank 1" in check and f"rank 1 (pid {pid}) has ended" in reset
-        assert seconds < 5 and closing < 1
+        assert seconds < 2 + AT_ONCE_S and closing < AT_ONCE_S
 
 
 def churn() -> list[Any]:
@@ -295,4 +317,4 @@ def test_a_rank_killed_at_any_moment(tmp_path: Path, seed: int) -> None:
         if rank != victim:
             *errors, seconds = told
             assert any(f"rank {victim} (pid {group.ranks[victim].pid}) has ended" in error for error in errors), errors
-            assert seconds < after + 3 + 5
+            assert seconds < after + 3 + AT_ONCE_S

@@ -123,7 +123,7 @@ def opposite() -> list[Any]:
 def test_groups_in_opposite_order(told: Told) -> None:
     for results in told:
         error, seconds = results["opposite"]
-        assert error.startswith("KernelTimeoutError: rank ") and "of rank " in error and seconds < 5
+        assert error.startswith("KernelTimeoutError: rank ") and "of rank " in error and seconds < 20
 
 
 def gone() -> list[str]:
