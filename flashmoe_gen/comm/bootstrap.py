@@ -232,7 +232,7 @@ def _mpi() -> Any:
 def _of_mpi() -> Launch:
     MPI = _mpi()  # noqa: N806
     rank, world_size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
-    library = MPI.Get_library_version().split("\n")[0].strip("\0 ").replace("\t", " ")
+    library = " ".join(re.split("[,\n\0]", MPI.Get_library_version())[0].split())
     launchers = [_launch("mpi", "mpirun", os.environ, names) for names in _MPIRUN if _both(os.environ, names)]
     launchers = launchers or [launch for launch in [_srun(os.environ)] if launch]
     if launchers and (rank, world_size) not in [launch[1:3] for launch in launchers]:

@@ -25,8 +25,8 @@ COUNTS = (64, 0, 17, 1)  # tokens; rank r begins with the r-th
 MANY = 1000
 
 
-def spec_of(comm: fmg.comm.Communicator, dtype: str = "float32", **fields: object) -> fmg.MoESpec:
-    fields = {"dtype": dtype, "max_tokens": 64, "world_size": comm.world_size, **fields}
+def spec_of(world_size: int, dtype: str = "float32", **fields: object) -> fmg.MoESpec:
+    fields = {"dtype": dtype, "max_tokens": 64, "world_size": world_size, **fields}
     return fmg.MoESpec(64, 48, 8, 2, **fields)  # type: ignore[arg-type]
 
 
@@ -72,12 +72,12 @@ def few_experts(comm: fmg.comm.Communicator) -> None:
     slots[0], slots[-1] = order[:2], order[2:]
     if comm.world_size == 2:
         slots = [order, []]
-    matrix(comm, spec_of(comm), fmg.Placement(slots))
+    matrix(comm, spec_of(comm.world_size), fmg.Placement(slots))
 
 
 def many_calls(comm: fmg.comm.Communicator) -> None:
     """Calls whose counts change, of two layers in turn; a rank lags now and then."""
-    spec, rng = spec_of(comm), np.random.default_rng(comm.rank)
+    spec, rng = spec_of(comm.world_size), np.random.default_rng(comm.rank)
     ranked = [Ranked(comm, spec), Ranked(comm, spec)]
     x, (ids, weights) = ranked[0].problem.tokens(64, comm.rank), routes(spec, 64, "skewed", comm.rank)
     want = ranked[0].alone(x, ids, weights, ranked[0].all_experts)
@@ -89,14 +89,14 @@ def many_calls(comm: fmg.comm.Communicator) -> None:
         each.close()
 
 
-CASES = {dtype: lambda comm, dtype=dtype: matrix(comm, spec_of(comm, dtype)) for dtype in DTYPES}
+CASES = {dtype: lambda comm, dtype=dtype: matrix(comm, spec_of(comm.world_size, dtype)) for dtype in DTYPES}
 CASES |= {"few_experts": few_experts, "many_calls": many_calls}
 
 
 def main() -> None:
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     with fmg.comm.init() as comm:
-        comm.reserve(*(spec_of(comm, dtype) for dtype in DTYPES))
+        comm.reserve(*(spec_of(comm.world_size, dtype) for dtype in DTYPES))
         results = {}
         for name in names:
             try:

@@ -18,7 +18,7 @@ import flashmoe_gen as fmg
 from cases import Problem, routes, spec_of
 
 comm = fmg.comm.init()
-spec = spec_of(comm)
+spec = spec_of(comm.world_size)
 layer, problem = fmg.MoELayer(spec, comm=comm), Problem(spec)
 x, experts = problem.tokens(64, comm.rank), problem.experts(layer.placement.local_experts(comm.rank))
 ids, weights = routes(spec, 64, "skewed", comm.rank)

@@ -11,6 +11,7 @@ from pathlib import Path
 import cases
 import pytest
 from spawn import ROOT, Ended, launch
+from world import prebuild
 
 SIZES = (2, 3, 4)
 CASES = [*cases.DTYPES, "few_experts"]
@@ -30,6 +31,7 @@ def results_of(folder: Path, ended: Ended, world_size: int) -> list[dict[str, ob
 def results(mpirun: list[str], tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Results of all ranks of a world, which has run once."""
     found: dict[int, list[dict[str, object]]] = {}
+    prebuild([(cases.spec_of(1, dtype), "moe", None) for dtype in cases.DTYPES])
 
     def of(world_size: int) -> list[dict[str, object]]:
         if world_size not in found:
