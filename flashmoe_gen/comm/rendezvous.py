@@ -350,7 +350,10 @@ class _Leaf:
             kind, payload = channel.receive(MAX_VALUE, deadline)  # once said, it is not said again
         except OSError as error:
             connection.close()
-            return None, f"what listens there does not answer as rank 0 of this job does ({error or 'it does not answer'})"
+            return (
+                None,
+                f"what listens there does not answer as rank 0 of this job does ({error or 'it does not answer'})",
+            )
         if kind == wire.WELCOME:
             return channel, ""
         connection.close()
