@@ -35,8 +35,8 @@ READY_BLOCK = struct(
 )
 CONTROL = struct(
     "Control",
-    ("entered", "u32", "processors that have begun the call; with the epoch, one word: both are read and changed at once", (), 8),
-    ("epoch", "u32", "calls finished on this heap, as words name them: see next_epoch()"),
+    ("epoch", "u32", "calls finished on this heap, as words name them: see next_epoch()", (), 8),
+    ("entered", "u32", "parties that have begun the next one; with the epoch, one word: both are read and changed at once"),
     ("aborted", "u32", "set when a rank gives up, here or elsewhere; cleared by reset()"),
     ("claimed", "u32", "the record has a writer"),
 )

@@ -1,10 +1,6 @@
 // ---- A block as a party: the last block of the grid is the OS, by warps, all others process ------------------------------
-// Special registers, read again where they are used: what follows from them would take registers during the products. So would
-// the thread's index where elements are wide; where they are not, the compiler has room for it.
-DEVICE u32 thread_index() {
-  if constexpr (sizeof(Element) == 2) return threadIdx.x;
-  else return mov_tid_x();
-}
+// Special registers, read again where they are used: what follows from them would take registers during the products.
+DEVICE u32 thread_index() { return mov_tid_x(); }
 DEVICE u32 grid_size() { return mov_nctaid_x(); }
 
 struct BlockParty {

@@ -72,6 +72,9 @@ DEVICE void backoff(u32 polls) {
 DEVICE u64 now_ns() { return globaltimer(); }
 DEVICE constexpr bool stopped() { return false; }  // who ends a call on a GPU early writes into its control page
 DEVICE u32 trace_track() { return threadIdx.x / 32; }
+// Another one for every launch that runs at the same time.
+template <class Args>
+DEVICE u32 launch_tag(const Args&) { return (u32(mov_gridid()) * 0x9e3779b1u >> 13) | 1; }
 DEVICE int lowest_bit(u64 bits) { return __ffsll((long long)(bits)) - 1; }
 
 // What a lane acquired or stored before sync(), broadcast() or any() is ordered before what any lane does after it.

@@ -34,6 +34,7 @@ struct ThreadParty {
   template <class T>
   T& scratch() { return *reinterpret_cast<T*>(memory); }
 
+  void give_up() const {}
   void run_tasks(const Call& call, bool able) const {
     if (!able) return;
     TileScratch tile;

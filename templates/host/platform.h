@@ -80,6 +80,9 @@ DEVICE void backoff(u32) { runtime->yield(); }
 DEVICE bool stopped() { return runtime->stop != nullptr && load_relaxed(runtime->stop) != 0; }
 DEVICE u64 now_ns() { return runtime->now_ns(); }
 DEVICE u32 trace_track() { return 0; }
+// Another one for every launch that runs at the same time.
+template <class Args>
+DEVICE u32 launch_tag(const Args& args) { return (u32(reinterpret_cast<u64>(&args) >> 4) * 0x9e3779b1u >> 13) | 1; }
 DEVICE int lowest_bit(u64 bits) { return __builtin_ctzll(bits); }
 
 struct Group {

@@ -53,11 +53,12 @@ DEVICE void run_slots(const Call& call, TaskSlot* slots, char* work) {
 struct MmaParty : BlockParty {
   BlockState& state;
 
-  DEVICE void run_tasks(const Call& call, bool able) const {
-    if (!able) return;
-    if (threadIdx.x < kMmaThreads) run_slots(call, state.slot, work);
-    else fetch_tasks(call, state.slot);
+  DEVICE void run_tasks(const Call&, bool able) const {
+    if (!able) return;  // else read again: what planning has kept in registers would take them from the products
+    if (threadIdx.x < kMmaThreads) run_slots(call(Role::processor), state.slot, work);
+    else fetch_tasks(call(Role::processor), state.slot);
   }
+  DEVICE void give_up() const {}
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, ${plan.min_blocks})

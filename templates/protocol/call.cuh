@@ -79,11 +79,18 @@ DEVICE Call begin_call(const MoEArgs& args, u32 party, u32 parties, Role role) {
               args.counter_sets + (turn ^ 1) * args.set_stride, turn == 0 ? scratch.used[1] : scratch.used[0]};
 }
 
-// {epoch, entered} of the control page. A processor that begins a call counts itself, and must find the epoch that its threads
-// have read, with room for it: else another launch of this rank runs at the same time.
-DEVICE u64* entered_word(const Call& call) { return reinterpret_cast<u64*>(&call.control()->entered); }
-DEVICE bool is_alone(const Call& call, u64 entered, u32 processors) {
-  return next_epoch(u32(entered >> 32)) == call.epoch && u32(entered) < processors;
+// {entered, epoch} of the control page. Every party that begins a call adds 1 and the tag of its launch. It must find the epoch
+// that its threads have read, and none but parties of its own launch before it: else another launch of this rank runs at the same
+// time. Whoever finds that takes no part, so that no two launches ever use the memory of a call together.
+constexpr u32 kPartyBits = 13, kTagMask = 0xffffffffu >> kPartyBits;
+DEVICE u64* entered_word(const Call& call) { return reinterpret_cast<u64*>(&call.control()->epoch); }
+DEVICE u64 enter_call(const Call& call) {
+  return fetch_add_relaxed(entered_word(call), u64(launch_tag(call.args) << kPartyBits | 1) << 32);
+}
+DEVICE bool is_alone(const Call& call, u64 found) {
+  const u32 before = u32(found >> 32), parties = before & ((1u << kPartyBits) - 1);
+  const u32 tags = (parties * launch_tag(call.args)) & kTagMask;
+  return next_epoch(u32(found)) == call.epoch && parties < call.parties && before >> kPartyBits == tags;
 }
 
 DEVICE bool aborted(const Call& call) { return load_relaxed(&call.control()->aborted) != 0 || stopped(); }

@@ -7,6 +7,17 @@
 //   call(role)           begins the call, or reads it again: the epoch stands until every party has left
 //   scratch<T>()         memory for planning and scheduling
 //   run_tasks(call, able)   until the queue is closed; not able: planning failed, there is nothing to run
+//   give_up()            instead of run_tasks(): whoever would run tasks together with this party is told
+
+// By all threads of a party: whether no other launch of this rank runs at the same time. `found` is what lane 0 got from
+// enter_call(), which takes a while to come.
+template <class Party>
+DEVICE bool alone(Party& party, const Call& call, u64 found) {
+  const bool another = party.group.lane == 0 && !is_alone(call, found);
+  if (another) abort_call(call, Await::launch, 0, call.epoch, found);
+  return !party.group.any(another);
+}
+
 template <class Party>
 DEVICE void run_system(Party& party, const Call& call) {
   typename Party::Lanes lanes;
@@ -15,23 +26,27 @@ DEVICE void run_system(Party& party, const Call& call) {
   if (call.role == Role::subscriber) subscribe(lanes, call, scratch.arrived);
 }
 
+// False: this launch is not alone, and must not end the call of the other one.
 template <class Party>
-DEVICE void process(Party& party, const Call& call) {
+DEVICE bool process(Party& party, const Call& call, u64 found) {
   const int planners = num_planners(call, party.processors());
-  u64 entered = 0;  // looked at later: it takes a while to come
-  if (party.group.lane == 0) entered = fetch_add_relaxed(entered_word(call), u64(1));
+  PlannerScratch& scratch = party.template scratch<PlannerScratch>();
+  const bool plans = party.processor() < planners;
+  if (plans) count_routes(party.group, call, routes_of(call, party.processor(), planners), scratch);
+  if (!alone(party, call, found)) {  // before anything is written that others see
+    party.give_up();
+    poison(party.group, call, u32(party.processor()), u32(party.processors()));
+    return false;
+  }
   bool able = true;
-  if (party.processor() < planners)
-    able = plan_routes(party.group, call, party.processor(), planners, party.template scratch<PlannerScratch>());
-  if (party.group.lane == 0 && !is_alone(call, entered, u32(party.processors())))
-    abort_call(call, Await::launch, 0, call.word(u32(party.processors())), entered);
+  if (plans) able = plan_routes(party.group, call, party.processor(), planners, scratch);
   typename Party::Lanes lanes;
   able = able && !party.group.any(!dispatch(lanes, call, planners));  // all lanes claim chunks for themselves
   party.run_tasks(call, able);
   // Read again rather than held in registers during the tasks.
   const Call end = party.call(Role::processor);
   if (!aborted(end)) combine(lanes, end, party.processors() * Party::kLanes);
-  else poison(party.group, end, u32(party.processor()), u32(party.processors()));  // of two launches at once only one has a last party
+  return true;
 }
 
 template <class Party>
@@ -39,7 +54,13 @@ DEVICE void run_party(Party& party) {
   const Role role = party.role();
   const Call call = party.call(role);
   const Span span(call, Work::kernel, party.group.lane == 0);
-  if (party.is_system()) run_system(party, call);
-  else process(party, call);
-  leave(party.group, party.call(role), call.party, party.parties());
+  const u64 found = party.group.lane == 0 ? enter_call(call) : 0;
+  if (!party.is_system()) {
+    if (!process(party, call, found)) return;
+  } else {
+    if (!alone(party, call, found)) return;
+    run_system(party, call);
+  }
+  const Call end = party.call(role);  // read again, as in process()
+  leave(party.group, end, end.party, end.parties);
 }

@@ -53,6 +53,6 @@ DEVICE void leave(Group& group, const Call& call, u32 clearer, u32 clearers) {
     scratch->used[calls & 1] = u32(call.args.set_words);
     scratch->calls = calls + 1;
     call.args.state->calls = finished + 1;
-    store_release<Scope::system>(entered_word(call), u64(call.epoch) << 32);
+    store_release<Scope::system>(entered_word(call), u64(call.epoch));
   }
 }

@@ -19,15 +19,26 @@ DEVICE u32 route_position(const MoEArgs& args, u64 route) {
   return id < 0 || id >= args.num_experts ? kNoRoute : u32(args.expert_position[id]);
 }
 
+// The planner's routes, of its tokens.
+struct Range {
+  u64 first, last;
+};
+DEVICE Range routes_of(const Call& call, int planner, int planners) {
+  const int share = (call.tokens + planners - 1) / planners;
+  const int from = planner * share < call.tokens ? planner * share : call.tokens;
+  const int to = from + share < call.tokens ? from + share : call.tokens;
+  return Range{u64(from) * kTopK, u64(to) * kTopK};
+}
+
 template <class Group>
-DEVICE void count_routes(Group& group, const Call& call, u64 first, u64 last, PlannerScratch& scratch) {
+DEVICE void count_routes(Group& group, const Call& call, Range routes, PlannerScratch& scratch) {
   const Span span(call, Work::count_routes, group.lane == 0);
   const MoEArgs& args = call.args;
   for (int q = group.lane; q < args.num_experts; q += group.size) scratch.count[q] = 0;
   for (int i = group.lane; i < kTallies; i += group.size) scratch.tally[i] = 0;
   group.sync();
   u32 masked = 0, invalid = 0;
-  for (u64 route = first + group.lane; route < last; route += group.size) {
+  for (u64 route = routes.first + group.lane; route < routes.last; route += group.size) {
     const u32 position = route_position(args, route);
     if (position != kNoRoute) group.add(&scratch.count[position], 1u);
     else if (args.topk_ids[route] < 0) ++masked;
@@ -155,15 +166,11 @@ DEVICE bool add_counts(Group& group, const Call& call, int planner, int planners
   return true;
 }
 
+// After count_routes().
 template <class Group>
 DEVICE bool plan_routes(Group& group, const Call& call, int planner, int planners, PlannerScratch& scratch) {
   const MoEArgs& args = call.args;
-  const int share = (call.tokens + planners - 1) / planners;
-  const int from = planner * share < call.tokens ? planner * share : call.tokens;
-  const int to = from + share < call.tokens ? from + share : call.tokens;
-  const u64 first = u64(from) * kTopK, last = u64(to) * kTopK;
-
-  count_routes(group, call, first, last, scratch);
+  const Range routes = routes_of(call, planner, planners);
   if (!add_counts(group, call, planner, planners, scratch)) return false;
   for (int q = group.lane; q < args.num_experts; q += group.size) {
     const u32 total = scratch.count[q];
@@ -173,7 +180,7 @@ DEVICE bool plan_routes(Group& group, const Call& call, int planner, int planner
   send_counts(group, call, planner, planners, scratch.count);
   const u32 all = exclusive_scan(group, scratch.offset, args.num_experts);
   if (args.world_size > 1) plan_owners(group, call, planner, all, scratch);
-  write_lists(group, call, first, last, scratch);
+  write_lists(group, call, routes.first, routes.last, scratch);
   group.sync();
   delay(call);
   if (group.lane == 0 && fetch_add_acq_rel(&call.counters().planners_listed, 1u) + 1 == u32(planners))

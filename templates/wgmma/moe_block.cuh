@@ -178,6 +178,10 @@ struct WgmmaParty : BlockParty {
     group.sync();
   }
 
+  DEVICE void give_up() const {
+    if (blockIdx.x < gridDim.x - kCluster) all_able(state, false);
+  }
+
   DEVICE void run_roles(bool able) const {
     const Pipeline pipeline{shared_address(work), shared_address(state.stage_full), shared_address(state.stage_empty)};
     if (threadIdx.x == 0) init_barriers(state, pipeline);

@@ -1,4 +1,4 @@
-"""Every GPU kernel this package can generate by default compiles, in seconds and without a spilled register."""
+"""Every GPU kernel this package can generate by default compiles, without a spilled register."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ try:
 except (ImportError, OSError, RuntimeError) as error:
     pytest.skip(f"CuPy or NVRTC cannot be loaded: {error}", allow_module_level=True)
 
-MAX_SECONDS = 10.0
 # Spills depend on the compiler: with these there are none, with others they are reported.
 PINNED = ("NVRTC 12.9.86", "NVRTC 13.0.88")
 
@@ -148,7 +147,7 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Futures]:
 def test_compiles(label: str, compiled: Futures) -> None:
     case = CASES[label]
     try:
-        kernel, seconds = compiled[label].result()
+        kernel, _ = compiled[label].result()
     except UnsupportedError as error:
         pytest.skip(str(error))  # this NVRTC is too old or too new for the arch
     resources = usage(kernel.image)
@@ -160,7 +159,6 @@ def test_compiles(label: str, compiled: Futures) -> None:
     else:
         assert kernel.spill_bytes == 0
     assert used.frame_bytes <= kernel.spill_bytes, "an array of a thread lives in local memory"
-    assert seconds <= MAX_SECONDS
     assert "warning" not in kernel.log
     assert kernel.shared_bytes == 0, "all shared memory is dynamic: the plan counts it"
     if case.kernel == "router":

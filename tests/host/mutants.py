@@ -80,12 +80,7 @@ MUTANTS = {
 OF_ABORTS = {
     "unchecked tag": ("different calls", "if (!alike || u32(tag) == args.tag) continue;", "if (!alike || tag != 0) continue;"),
     "peers are not told": ("peers of a rank that gives up", "    if (failed) share_failure(call);\n", ""),
-    "unnoticed launch": ("launches at once", "!is_alone(call, entered, u32(party.processors()))", "false"),
-    "entered without the epoch": (
-        "launches at once",
-        "return next_epoch(u32(entered >> 32)) == call.epoch && u32(entered) < processors;",
-        "return u32(entered) < 2 * processors;",
-    ),
+    "unnoticed launch": ("launches at once", "party.group.lane == 0 && !is_alone(call, found);", "false;"),
 }
 MUTANTS |= {name: texts for name, (_, *texts) in OF_ABORTS.items()}
 

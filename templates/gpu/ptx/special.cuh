@@ -6,6 +6,11 @@ DEVICE u64 globaltimer() {
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
   return ns;
 }
+DEVICE u64 mov_gridid() {  // tells concurrent launches apart
+  u64 launch;
+  asm("mov.u64 %0, %%gridid;" : "=l"(launch));
+  return launch;
+}
 DEVICE u32 cluster_ctarank() {
   u32 rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
