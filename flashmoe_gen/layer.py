@@ -45,7 +45,7 @@ class MoELayer:
         max_blocks: the most blocks of a launch (``target="cuda"``), of which whole clusters are used; default: all that are
             resident at the same time, shared evenly by the ranks on the GPU.
         reserve_multiprocessors: multiprocessors that launches leave free (``target="cuda"``) for kernels that must run at the same
-            time on other streams, such as a collective of NCCL that a peer waits for.
+            time on other streams, such as a collective of NCCL that a peer waits for. Each of the others then gets one block.
         instrument: tracing or random delays in the kernel, for looking into it; default none.
 
     Making a layer is collective: every rank makes the same layers in the same order. Processes wait for each other there, and all

@@ -74,23 +74,29 @@ class NvshmemSource:
     Args:
         device: number of this process's GPU.
         members: the group's ranks among all processes.
+        exchange: collective among the members.
         heap_bytes: of a sub-group's heap.
         arena: where a sub-group's heap is, ``None``: this is the group of all.
         initialized: whether NVSHMEM is ours to finalize.
     """
 
     def __init__(
-        self, device: int, members: Sequence[int], heap_bytes: int | None, arena: int | None = None, initialized: bool = False
+        self,
+        device: int,
+        members: Sequence[int],
+        exchange: Exchange,
+        heap_bytes: int | None,
+        arena: int | None = None,
+        initialized: bool = False,
     ) -> None:
         self.device, self.members, self.collective = device, tuple(members), arena is None
-        self._heap_bytes, self._arena, self._initialized = heap_bytes, arena, initialized
-        self._made: list[int] = []  # not given back, in order
+        self._exchange, self._heap_bytes, self._arena, self._initialized = exchange, heap_bytes, arena, initialized
+        self._made: dict[int, int] = {}  # bytes of what is not given back, in order
+        self._idle = 0  # bytes that have been, which NVSHMEM keeps for what comes next
         self._closed = False
 
     @classmethod
-    def join(
-        cls, rank: int, world_size: int, device: int, exchange: Exchange, heap_bytes: int | None
-    ) -> NvshmemSource:
+    def join(cls, rank: int, world_size: int, device: int, exchange: Exchange, heap_bytes: int | None) -> NvshmemSource:
         """Collective: initialise NVSHMEM in all processes, or adopt the one that is.
 
         Args:
@@ -126,7 +132,7 @@ class NvshmemSource:
         for peer, failed in enumerate(exchange(why)):
             if failed:
                 raise CommError(f"Rank {peer} cannot use NVSHMEM: {failed}")
-        return cls(device, range(world_size), heap_bytes, initialized=not there)
+        return cls(device, range(world_size), exchange, heap_bytes, initialized=not there)
 
     def pointer(self, base: int, member: int) -> int:
         """Where a member's part of the allocation at ``base`` is, as kernels here see it.
@@ -161,12 +167,12 @@ class NvshmemSource:
                 "split() on GPUs in several processes needs the size of the heaps in advance, since NVSHMEM allocates for all of "
                 "them at once: comm.init(heap_bytes=...), with what the largest group's layers need."
             )
-        return NvshmemSource(self.device, members, self._heap_bytes, self._malloc(self._heap_bytes))
+        return NvshmemSource(self.device, members, exchange, self._heap_bytes, self._malloc(self._heap_bytes))
 
     def give_back(self, base: int) -> None:
         """Collective; what sub-groups use stays until the group of all is closed."""
         if base in self._made:
-            self._made.remove(base)
+            self._idle += self._made.pop(base)
             _bindings().free(base)
 
     def close(self, *, abort: bool) -> None:
@@ -182,17 +188,45 @@ class NvshmemSource:
             _core().finalize()
 
     def _malloc(self, nbytes: int) -> int:
+        """Collective: memory on every GPU, or an error on every rank.
+
+        Raises:
+            CommError: a GPU has too little memory left, or NVSHMEM was initialised for another one.
+        """
         import cupy
 
         with cupy.cuda.Device(self.device):
+            for rank, free in enumerate(self._exchange(self._free(nbytes))):
+                if free < nbytes:  # NVSHMEM itself would take its heap apart, and hang on the others
+                    raise CommError(f"The GPU of rank {rank} has {free} bytes of memory left. The heap needs {nbytes}.")
             base = int(_bindings().malloc(nbytes))
-        if not base:
+            if not base:
+                raise CommError(
+                    f"NVSHMEM has no {nbytes} bytes of symmetric memory left on GPU {self.device}. Its limits are "
+                    "NVSHMEM_MAX_MEMORY_PER_GPU and, without virtual memory management, NVSHMEM_SYMMETRIC_SIZE."
+                )
+            self._made[base] = nbytes
+            owner = int(cupy.cuda.runtime.pointerGetAttributes(base).device)
+        if owner != self.device:
             raise CommError(
-                f"NVSHMEM has no {nbytes} bytes of symmetric memory left on GPU {self.device}. Its limits are "
-                "NVSHMEM_MAX_MEMORY_PER_GPU and, without virtual memory management, NVSHMEM_SYMMETRIC_SIZE."
+                f"NVSHMEM, initialised by this program, allocates on GPU {owner}; this rank is on GPU {self.device}. Must be the "
+                "same: comm.init(device=...), or the GPU that is current when NVSHMEM is initialised."
             )
-        self._made.append(base)
         return base
+
+    def _free(self, nbytes: int) -> int:
+        """Bytes that this rank's GPU has left for NVSHMEM, with those that CuPy keeps for later if they are needed."""
+        import cupy
+
+        if not self._initialized:  # whoever did may have let it reserve more
+            return nbytes
+
+        def left() -> int:
+            return int(cupy.cuda.runtime.memGetInfo()[0]) + self._idle
+
+        if left() < nbytes:
+            cupy.get_default_memory_pool().free_all_blocks()
+        return left()
 
 
 def _core() -> Any:

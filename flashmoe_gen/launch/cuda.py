@@ -149,7 +149,9 @@ class CudaTarget:
         require_device()
         import cupy
 
-        if max_blocks is not None and not (isinstance(max_blocks, (int, np.integer)) and 2 <= max_blocks <= _MOST_BLOCKS):
+        if max_blocks is not None and not (
+            isinstance(max_blocks, (int, np.integer)) and 2 <= max_blocks <= _MOST_BLOCKS
+        ):
             raise SpecError(
                 f"max_blocks={max_blocks} is not valid. Must be at least 2: one block is the operating system; "
                 f"and at most {_MOST_BLOCKS}."
@@ -159,7 +161,10 @@ class CudaTarget:
             raise SpecError(f"device={device} is not valid. This process sees {count} GPUs: 0 to {count - 1}.")
         gpu = cupy.cuda.Device(device)
         self.multiprocessors = int(gpu.attributes["MultiProcessorCount"])
-        if not (isinstance(reserve_multiprocessors, (int, np.integer)) and 0 <= reserve_multiprocessors < self.multiprocessors):
+        if not (
+            isinstance(reserve_multiprocessors, (int, np.integer))
+            and 0 <= reserve_multiprocessors < self.multiprocessors
+        ):
             raise SpecError(
                 f"reserve_multiprocessors={reserve_multiprocessors} is not valid. Must be at least 0 and below the "
                 f"{self.multiprocessors} of the GPU."
@@ -231,13 +236,18 @@ class CudaTarget:
             return f"The communicator's layers run on {other.device}; this one would run on {self.device}."
         return "" if self.number == other.number else _peer_access(self.number, other.number)
 
-    def _room(self, resident: int) -> int:
+    def _room(self, resident: int, sharing: int) -> int:
         """Of so many resident blocks, those that one rank may have."""
-        return resident * (self.multiprocessors - self.reserve_multiprocessors) // self.multiprocessors // self.sharing
+        everywhere, reserved = self.multiprocessors, self.reserve_multiprocessors
+        if (
+            reserved
+        ):  # where several fit a multiprocessor, the second ones come after all have one: none would be left free
+            resident = min(resident, everywhere) * (everywhere - reserved) // everywhere
+        return resident // sharing
 
     def processors(self, kernel: Any) -> int:
         # Every block must be resident: they wait for each other.
-        cluster, most = kernel.shape.cluster, self._room(kernel.max_workers)
+        cluster, most = kernel.shape.cluster, self._room(kernel.max_workers, self.sharing)
         blocks = most if self.max_blocks is None else self.max_blocks
         if not 2 * cluster <= blocks <= most:
             raise SpecError(
@@ -247,7 +257,7 @@ class CudaTarget:
         return int(blocks // cluster - 1)
 
     def expected(self, shape: LaunchShape, sharing: int) -> tuple[int, int]:
-        blocks = max(2, shape.min_blocks * (self.multiprocessors - self.reserve_multiprocessors) // sharing)
+        blocks = max(2, self._room(shape.min_blocks * self.multiprocessors, sharing))
         return max(1, blocks // shape.cluster - 1), blocks
 
     def workers(self, kernel: Any, processors: int) -> int:
@@ -265,7 +275,9 @@ class CudaTarget:
         memory = self.allocate(array.nbytes)
         host = np.ascontiguousarray(array)
         with self.current():
-            cupy.cuda.runtime.memcpy(memory.pointer, host.ctypes.data, host.nbytes, cupy.cuda.runtime.memcpyHostToDevice)
+            cupy.cuda.runtime.memcpy(
+                memory.pointer, host.ctypes.data, host.nbytes, cupy.cuda.runtime.memcpyHostToDevice
+            )
         return memory
 
     def record(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -332,7 +344,9 @@ class CudaTarget:
 
     @functools.cached_property
     def _narrow(self) -> tuple[CudaKernel, Prepared, list[np.ndarray[Any, Any]]]:
-        kernel = loaded(lambda: build_program("narrow_ids", self.arch), lambda made: self.load(made, LaunchShape(256, 0)))
+        kernel = loaded(
+            lambda: build_program("narrow_ids", self.arch), lambda made: self.load(made, LaunchShape(256, 0))
+        )
         parameters: list[np.ndarray[Any, Any]] = [np.zeros(1, kind) for kind in ("u8", "u8", "i8", "i4")]
         return kernel, Prepared(parameters[0], parameters[1:]), parameters
 
@@ -383,7 +397,9 @@ def _peer_access(device: int, peer: int) -> str:
         return f"GPU {device} cannot access the memory of GPU {peer}: see `nvidia-smi topo -p2p rw`."
     pool = getattr(cupy.cuda.get_allocator(), "__self__", None)
     if isinstance(pool, cupy.cuda.MemoryAsyncPool):
-        return "CuPy allocates from a MemoryAsyncPool, whose memory other GPUs cannot use. Use CuPy's default allocator."
+        return (
+            "CuPy allocates from a MemoryAsyncPool, whose memory other GPUs cannot use. Use CuPy's default allocator."
+        )
     with cupy.cuda.Device(device):
         try:
             runtime.deviceEnablePeerAccess(peer)
@@ -398,4 +414,6 @@ def _arch_of(capability: str) -> str:
         name = f"sm_{capability}{suffix}"
         if name in ARCHS:
             return name
-    raise UnsupportedError(f"No kernels exist for compute capability {capability}. Supported: {', '.join(map(repr, ARCHS))}.")
+    raise UnsupportedError(
+        f"No kernels exist for compute capability {capability}. Supported: {', '.join(map(repr, ARCHS))}."
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,9 @@ def built() -> None:
 def test_every_routing(way: str, combine: str) -> None:
     spec, tile = make(way, world_size=2)
     problem, ranks = Problem(spec), Ranks(spec, tile, schedule=fmg.Schedule(combine=combine))  # type: ignore[arg-type]
-    calls = [inputs_of(problem, spec, ((300, 0), (17, 300), (1, 40))[n % 3], kind, 5 * n) for n, kind in enumerate(KINDS)]
+    calls = [
+        inputs_of(problem, spec, ((300, 0), (17, 300), (1, 40))[n % 3], kind, 5 * n) for n, kind in enumerate(KINDS)
+    ]
     for inputs, ys in zip(calls, ranks.run(problem, calls)):
         for case, y in zip(inputs, ys):
             assert_close(problem, case, y, BOUNDS[way])
@@ -103,6 +107,66 @@ def test_200_queued_calls() -> None:
     for inputs, ys in zip(calls, ranks.run(problem, calls)):
         for case, y in zip(inputs, ys):
             assert_close(problem, case, y, BOUNDS["bfloat16/wgmma"])
+
+
+_NEIGHBOURS = r"""
+extern "C" __global__ void neighbours(unsigned* here, unsigned* met) {
+  extern __shared__ char whole[];  // all of a multiprocessor's, so each block has one of its own
+  atomicAdd(here, 1);
+  const long long start = clock64();
+  while (atomicAdd(here, 0) < gridDim.x && clock64() - start < 400000000) {}
+  if (atomicAdd(here, 0) >= gridDim.x) atomicAdd(met, 1);
+}
+"""
+
+
+@pytest.mark.parametrize("way", ["bfloat16/wgmma", "bfloat16/mma"])
+@pytest.mark.parametrize("reserved", [0, 8])
+def test_others_run_on_reserved_multiprocessors(monkeypatch: pytest.MonkeyPatch, way: str, reserved: int) -> None:
+    """While a rank waits for its peer, as a collective would that the peer is in; without any, they wait too."""
+    import cupy
+
+    monkeypatch.setenv("FLASHMOE_TIMEOUT_S", "20")
+    spec, tile = make(way, world_size=2)
+    problem, ranks = Problem(spec), Ranks(spec, tile, reserve_multiprocessors=reserved)
+    inputs = inputs_of(problem, spec, (20, 20), "uniform")
+    ranks.run(problem, [inputs])
+    blocks, calls = max(1, reserved), []
+    with cupy.cuda.Device(0):
+        stream, words, done = (
+            cupy.cuda.Stream(non_blocking=True),
+            cupy.zeros(2, cupy.uint32),
+            cupy.cuda.Event(disable_timing=True),
+        )
+        kernel = cupy.RawKernel(_NEIGHBOURS, "neighbours")
+        kernel.max_dynamic_shared_size_bytes = shared = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+        launch = functools.partial(kernel, (blocks,), (32,), (words[:1], words[1:]), shared_mem=shared)
+        with stream:
+            launch()  # loads it
+            words.fill(0)
+    for device, layer in zip(DEVICES, ranks.layers):  # nothing is allocated while a rank waits: that might wait for it
+        with cupy.cuda.Device(device):
+            mine = list(layer.placement.local_experts(device))
+            experts = fmg.Experts(**{name: cupy.asarray(w[mine]) for name, w in problem.weights.items()})
+            arrays = [cupy.asarray(array) for array in inputs[device]]
+            out = cupy.empty_like(arrays[0])
+            calls.append(functools.partial(layer, *arrays, experts, out=out, stream=ranks.streams[device]))
+            cupy.cuda.runtime.deviceSynchronize()
+    first = calls[0]()
+    time.sleep(0.1)  # until it has its multiprocessors
+    with cupy.cuda.Device(0):
+        with stream:
+            launch()
+            done.record(stream)
+        time.sleep(1)
+        ran = done.done
+    second = calls[1]()
+    for layer in ranks.layers:
+        layer.check()
+    assert ran == (reserved > 0)
+    for case, y in zip(inputs, (first, second)):
+        assert_close(problem, case, cupy.asnumpy(y), BOUNDS[way])
+    assert int(words[1]) == blocks, "they met, each on a multiprocessor of its own"
 
 
 def test_a_missed_deadline_ends_both_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.multigpu
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 WORKER = str(HERE / "worker.py")
-GROUPS = ("bounds", "placements", "invariant", "graphs", "many", "delays", "two_layers", "bad_input", "different_calls")
+GROUPS = (
+    "full", "bounds", "placements", "invariant", "graphs", "many", "delays", "two_layers", "bad_input", "different_calls", "again",
+)  # fmt: skip
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -75,6 +77,8 @@ def test_under_mpirun(tmp_path: Path) -> None:
     for found in (first, second):
         assert set(GROUPS) <= set(found)
         assert_right(found)
+        told = found["full"]["told"]
+        assert told["type"] == "CommError" and "bytes of memory left. The heap needs" in told["text"], told
         told = found["different_calls"]["told"]
         assert told["type"] == "CommError" and "calls its layer" in told["text"], told
     assert second["bad_input"]["told"]["type"] == "SpecError"
@@ -84,7 +88,7 @@ def test_under_mpirun(tmp_path: Path) -> None:
 
 
 def test_under_torchrun(tmp_path: Path) -> None:
-    run(torchrun(WORKER, str(tmp_path), "cuda", "placements", "many", "bad_input"))
+    run(torchrun(WORKER, str(tmp_path), "cuda", "placements", "many", "bad_input", "again"))
     for found in results(tmp_path):
         assert_right(found)
 

@@ -80,7 +80,9 @@ class Rank:
         What does not compile is left to its layer, which raises.
         """
         first = next(iter(self.ways))
-        kernels: list[tuple[Any, ...]] = [(*self.way(way), None) for way in (self.ways if "bounds" in groups else [first])]
+        kernels: list[tuple[Any, ...]] = [
+            (*self.way(way), None) for way in (self.ways if "bounds" in groups else [first])
+        ]
         if "invariant" in groups:
             worlds = (self.world, 1)
             kernels += [(*self.way(way, batch_invariant=True, world=n), None) for way in self.ways for n in worlds]
@@ -95,7 +97,9 @@ class Rank:
         return fmg.MoELayer(spec, target=self.target, comm=comm, **options)
 
     def experts(self, problem: Problem, ids: Any) -> fmg.Experts:
-        return fmg.Experts(**{name: self.xp.asarray(np.ascontiguousarray(w[list(ids)])) for name, w in problem.weights.items()})
+        return fmg.Experts(
+            **{name: self.xp.asarray(np.ascontiguousarray(w[list(ids)])) for name, w in problem.weights.items()}
+        )
 
     def case(self, problem: Problem, count: int, kind: str, seed: int) -> Case:
         return problem.tokens(count, seed), *routes(problem.spec, count, kind, seed)
@@ -138,9 +142,10 @@ def placements(me: Rank) -> Any:
     problem, worst = Problem(spec), 0.0
     shuffled = [int(e) for e in np.random.default_rng(3).permutation(spec.num_experts)]
     cut = [0, *[2 + rank for rank in range(me.world - 1)], spec.num_experts]
-    slots = [[], *[[] for _ in range(me.world - 2)], list(range(spec.num_experts))], [
-        shuffled[a:b] for a, b in zip(cut, cut[1:])
-    ]
+    slots = (
+        [[], *[[] for _ in range(me.world - 2)], list(range(spec.num_experts))],
+        [shuffled[a:b] for a, b in zip(cut, cut[1:])],
+    )
     with me.layer(spec, placement=fmg.Placement(slots[0])) as layer:
         for n, each in enumerate(slots):
             layer.set_placement(fmg.Placement(each))
@@ -234,7 +239,10 @@ def delays(me: Rank) -> Any:
     problem = Problem(spec)
     for combine in ("route", "rank"):
         schedule, instrument = fmg.Schedule(combine=combine), fmg.Instrument(delay_ns=20_000)
-        with me.layer(spec, schedule=schedule) as plain, me.layer(spec, schedule=schedule, instrument=instrument) as slow:
+        with (
+            me.layer(spec, schedule=schedule) as plain,
+            me.layer(spec, schedule=schedule, instrument=instrument) as slow,
+        ):
             experts = me.experts(problem, plain.placement.local_experts(me.rank))
             for n in range(12):
                 case = me.case(problem, (60, 0, 7)[(n + me.rank) % 3], KINDS[n % len(KINDS)], 3 * n + me.rank)
@@ -315,6 +323,37 @@ def different_calls(me: Rank) -> Any:
     return {"told": told, "error": error, "bound": 5e-3}
 
 
+def full(me: Rank) -> Any:
+    """A heap that no GPU has room for is refused on all ranks, and the one there is stays. Run it first: before any call."""
+    assert me.target == "cuda", "a host would be filled"
+    before = me.comm.heap.bytes
+    told = _error(
+        lambda: me.comm.reserve(fmg.MoESpec(16384, 64, 8, 8, dtype="float64", max_tokens=2**18, world_size=me.world))
+    )
+    assert me.comm.heap.bytes == before
+    return {"told": told}
+
+
+def again(me: Rank) -> Any:
+    """Another communicator after the first is closed, and groups inside it, in turns: all ranks in reverse, each rank alone."""
+    me.comm.close()
+    me.comm = fmg.comm.init("auto", target=me.target, heap_bytes=1 << 22)
+    dtype, worst = next(iter(me.ways)).split("/")[0], 0.0
+    with me.comm.split(0, key=-me.rank) as turned, me.comm.split(me.rank) as own:
+        assert (turned.rank, turned.world_size, own.world_size) == (me.world - 1 - me.rank, me.world, 1)
+        spec, alone = me.spec(dtype), me.spec(dtype, world=1)
+        problem, comms = Problem(spec), [(me.comm, spec), (turned, spec), (own, alone)]
+        layers = [fmg.MoELayer(each, target=me.target, comm=comm) for comm, each in comms]
+        experts = [me.experts(problem, layer.placement.local_experts(layer.comm.rank)) for layer in layers]
+        for n in range(6):
+            case = me.case(problem, (40, 0, 13)[(n + me.rank) % 3], "uniform", 5 * n + me.rank)
+            for layer, held in zip(layers, experts):
+                worst = max(worst, relative_error(me.run(layer, case, held), problem.reference(*case)))
+        for layer in layers:
+            layer.close()
+    return {"error": worst, "bound": 5e-3}
+
+
 def dies(me: Rank) -> Any:
     """Rank 1 is killed between two calls; run it last. The others say who is missing."""
     spec = me.spec(next(iter(me.ways)).split("/")[0])
@@ -333,7 +372,7 @@ def dies(me: Rank) -> Any:
 
 
 GROUPS = {work.__name__: work for work in (
-    bounds, placements, invariant, graphs, many, delays, two_layers, bad_input, different_calls, dies,
+    full, bounds, placements, invariant, graphs, many, delays, two_layers, bad_input, different_calls, again, dies,
 )}  # fmt: skip
 
 

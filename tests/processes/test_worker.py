@@ -10,7 +10,7 @@ import pytest
 from spawn import ROOT, spawn
 
 WORKER = ROOT / "tests" / "multigpu" / "worker.py"
-GROUPS = ("placements", "two_layers", "bad_input", "different_calls")
+GROUPS = ("placements", "two_layers", "bad_input", "different_calls", "again")
 ALL = ("bounds", "invariant", "many", "delays")
 
 

@@ -165,6 +165,15 @@ def test_ranks_of_one_process_share_the_blocks_of_a_gpu(ranks: int, processors: 
         gpu(sharing=ranks, reserved=131).processors(kernel)
 
 
+def test_reserved_multiprocessors_get_no_block_where_several_fit_one() -> None:
+    """Blocks are dealt to all multiprocessors before any gets its second."""
+    shape = LaunchShape(160, 0, min_blocks=2)
+    kernel = SimpleNamespace(shape=shape, max_workers=264)
+    assert gpu().processors(kernel) == 263
+    assert gpu(reserved=20).processors(kernel) == 111 == gpu(reserved=20).expected(shape, 1)[0]
+    assert gpu(sharing=2, reserved=20).processors(kernel) == 55 == gpu(reserved=20).expected(shape, 2)[0]
+
+
 def test_targets_say_whose_memory_they_reach() -> None:
     assert HostTarget().reaches(HostTarget(2)) == gpu().reaches(gpu(sharing=2)) == ""
     assert "layers run on cuda:0; this one would run on cpu" in HostTarget().reaches(gpu())

@@ -20,6 +20,7 @@ class Library:
         self.rank, self.world_size = rank, world_size
         self.seen: list[tuple[Any, ...]] = []
         self.status, self.next, self.reachable = 0, 1 << 20, True
+        self.left, self.pooled, self.device = 1 << 39, 0, 0
         self.copied: list[int] = []
         unique = lambda empty=False: SimpleNamespace(_data=np.full(1, 0 if empty else 7, np.int32))  # noqa: E731
         core = ModuleType("nvshmem.core")
@@ -28,9 +29,7 @@ class Library:
             my_pe=lambda: self.rank, n_pes=lambda: self.world_size, finalize=lambda: self.seen.append(("finalize",)),
         )  # fmt: skip
         bindings = ModuleType("nvshmem.bindings")
-        vars(bindings).update(
-            malloc=self.malloc, ptr=self.ptr, free=lambda base: self.seen.append(("free", base))
-        )
+        vars(bindings).update(malloc=self.malloc, ptr=self.ptr, free=lambda base: self.seen.append(("free", base)))
         package = ModuleType("nvshmem")
         package.core, package.bindings = core, bindings  # type: ignore[attr-defined]
         cuda_core = ModuleType("cuda.core")
@@ -42,7 +41,9 @@ class Library:
         monkeypatch.setitem(sys.modules, "cupy", self.cupy())
         monkeypatch.setattr("flashmoe_gen.packages.check_nvshmem", lambda: "a pair")
         word = SimpleNamespace(ctypes=SimpleNamespace(data=5))
-        monkeypatch.setattr("flashmoe_gen.comm.nvshmem.streams.interrupter", lambda device: (word, SimpleNamespace(ptr=0)))
+        monkeypatch.setattr(
+            "flashmoe_gen.comm.nvshmem.streams.interrupter", lambda device: (word, SimpleNamespace(ptr=0))
+        )
 
     def cupy(self) -> Any:
         class Device:
@@ -61,18 +62,23 @@ class Library:
         runtime = SimpleNamespace(
             deviceSynchronize=lambda: None, memset=lambda at, value, count: self.seen.append(("memset", at, value, count)),
             memcpyAsync=lambda to, *_: self.copied.append(to), CUDARuntimeError=OSError,
+            memGetInfo=lambda: (self.left, 1 << 40), pointerGetAttributes=lambda at: SimpleNamespace(device=self.device),
         )  # fmt: skip
         cuda = SimpleNamespace(
             Device=Device, runtime=runtime, UnownedMemory=lambda *_: None, MemoryPointer=lambda *_: None
         )
-        return SimpleNamespace(cuda=cuda, ndarray=lambda *_: None, uint8=np.uint8)
+        pool = SimpleNamespace(free_all_blocks=self.free_pool)
+        return SimpleNamespace(cuda=cuda, ndarray=lambda *_: None, uint8=np.uint8, get_default_memory_pool=lambda: pool)
+
+    def free_pool(self) -> None:
+        self.left, self.pooled = self.left + self.pooled, 0
 
     def init(self, **options: Any) -> None:
         self.seen.append(("init", int(options["uid"]._data[0]), options["rank"], options["nranks"]))
         self.status = 2
 
     def malloc(self, nbytes: int) -> int:
-        if nbytes > 1 << 40:
+        if nbytes > 1 << 38:
             return 0
         self.next += 1 << 20
         self.seen.append(("malloc", nbytes))
@@ -152,10 +158,35 @@ def test_all_are_told_why_one_cannot(library: Library, monkeypatch: pytest.Monke
 
 def test_no_memory_and_no_way_to_a_peer(library: Library) -> None:
     source = joined(library)
-    with pytest.raises(fmg.CommError, match=f"no {1 << 41} bytes of symmetric memory.*NVSHMEM_MAX_MEMORY_PER_GPU"):
-        source.allocate(1 << 41)
+    with pytest.raises(fmg.CommError, match=f"no {3 << 37} bytes of symmetric memory.*NVSHMEM_MAX_MEMORY_PER_GPU"):
+        source.allocate(3 << 37)
     library.reachable = False
     with pytest.raises(fmg.CommError, match="cannot address the memory of rank 1"):
+        source.allocate(4096)
+
+
+def test_all_are_told_that_one_gpu_is_full_before_anything_is_asked_for(library: Library) -> None:
+    """NVSHMEM's own allocation on the others would wait for that one."""
+    source = NvshmemSource.join(0, 2, 0, both({2: 4095}), None)
+    library.seen.clear()
+    with pytest.raises(fmg.CommError, match=r"GPU of rank 1 has 4095 bytes of memory left\. The heap needs 4096"):
+        source.allocate(4096)
+    assert library.seen == []
+    library.left, library.pooled = 4000, 96  # what CuPy keeps for later counts
+    first = source.allocate(4096)
+    library.left = 0
+    first.release(abort=False)
+    source.allocate(4096)  # in what NVSHMEM has been given back
+    with pytest.raises(fmg.CommError, match="GPU of rank 0 has 4096 bytes"):
+        source.allocate(4097)
+
+
+def test_memory_of_another_gpu_is_refused(library: Library) -> None:
+    library.status, library.left = 2, 0  # whoever initialised it may have let it reserve memory
+    source = joined(library)
+    source.allocate(4096)
+    library.device = 1
+    with pytest.raises(fmg.CommError, match="allocates on GPU 1; this rank is on GPU 0"):
         source.allocate(4096)
 
 
