@@ -67,10 +67,12 @@ class KernelTimeoutError(CommError):
         seen: the value it last saw.
     """
 
-    def __init__(self, *, rank: int, block: int, role: str, waiting_for: str, expected: int, seen: int) -> None:
+    def __init__(
+        self, *, rank: int, block: int, role: str, waiting_for: str, expected: int, seen: int, note: str = ""
+    ) -> None:
         super().__init__(
             f"rank {rank}, block {block}: the {role} waited past the deadline for {waiting_for} "
-            f"(expected {expected}, last saw {seen}). The output of that call is NaN. "
+            f"(expected {expected}, last saw {seen}).{note} The output of that call is NaN. "
             "Call reset() on the communicator (collective) before the next call; "
             "FLASHMOE_TIMEOUT_S sets the deadline."
         )

@@ -6,7 +6,6 @@ import copy
 import ctypes
 import dataclasses
 import functools
-from contextlib import nullcontext
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from . import arrays, comm, env
 from .call import PackedCall
 from .comm.base import MovedError
+from .comm.communicator import Agree
 from .counters import LayerStats
 from .errors import CommError, SpecError, UnsupportedError
 from .experts import Experts
@@ -43,7 +43,8 @@ class MoELayer:
             resident at the same time, shared evenly by the ranks of this process.
         instrument: tracing or random delays in the kernel, for looking into it; default none.
 
-    Making a layer is collective: every rank makes the same layers in the same order. The first call waits until all have.
+    Making a layer is collective: every rank makes the same layers in the same order. Processes wait for each other there, and all
+    raise when one cannot make it or makes another; in one process the first call waits until all ranks have made it.
 
     A layer may be used from several threads, and be closed by any: with one rank, calls wait for each other (on a GPU they
     follow each other there, whatever their streams are); with several ranks a call while another thread's call is in flight
@@ -75,12 +76,13 @@ class MoELayer:
     ) -> None:
         self.spec = spec
         self._max_blocks, self._given_stream, self._given_schedule = max_blocks, stream, schedule
-        with comm.making() if comm is not None else nullcontext():
-            self.comm = _resolve_comm(spec, comm)
-            self._make(target, tile, schedule, placement, stream, instrument)
+        self.comm = comm if comm is not None else _own_comm(spec)
+        with self.comm.agreeing("layer {n}") as agree:
+            self._make(agree, target, tile, schedule, placement, stream, instrument)
 
     def _make(
         self,
+        agree: Agree,
         target: str | None,
         tile: TileConfig | None,
         schedule: Schedule | None,
@@ -89,9 +91,11 @@ class MoELayer:
         instrument: Instrument | None,
     ) -> None:
         spec = self.spec
+        if self.comm.world_size != spec.world_size:
+            raise CommError(f"comm has world_size={self.comm.world_size}, but the spec says {spec.world_size}.")
         env.timeout_s()  # a bad one is found before anything is compiled
         self._instrument = instrument
-        self._target = choose(target, self.comm.target, self._max_blocks, len(self.comm.ranks_here))
+        self._target = choose(target, self.comm.target, self._max_blocks, self.comm.sharing)
         self._stream = self._target.stream(stream, None) if stream is not None else None
         self.tile = tile or default_tile(spec, self._target.arch)
         self.schedule = resolve_schedule(self.tile, schedule)
@@ -100,9 +104,9 @@ class MoELayer:
         self._closed = self._released = False
         placement = placement or Placement.default(spec.num_experts, spec.world_size)
         require_fitting(spec, placement)
-        self.comm.reserve(self._target, self._fused.heap_needs)
+        self.comm.bind(self._target)
         alike = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
-        self._number = self.comm.register(alike | {"placement": placement.slots_per_rank})
+        self._number = agree(alike | {"placement": placement.slots_per_rank}, self._fused.heap_needs)
         self._place(placement)
 
     def __repr__(self) -> str:
@@ -112,7 +116,7 @@ class MoELayer:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MoELayer:
         if self._closed:
-            with self.comm.making():
+            with self.comm.agreeing("layer {n}"):
                 self._require_open()
         with self._target.current():
             made = MoELayer(
@@ -171,10 +175,14 @@ class MoELayer:
             SpecError: it does not fit the spec.
             CommError: the layer is closed.
         """
-        with self.comm.lock, self.comm.telling():
-            self._require_open()
-            self.comm.require_outside("set_placement()")
-            self._place(placement)
+        with self.comm.lock:
+            with self.comm.telling():
+                self._require_open()
+                self.comm.require_outside("set_placement()")
+            with self.comm.agreeing(f"placement {{n}} of layer {self._number}") as agree:
+                require_fitting(self.spec, placement)
+                agree({"placement": placement.slots_per_rank})
+                self._place(placement)
 
     def _place(self, placement: Placement) -> None:
         # An error or an interrupt before the assignment leaves the layer as it was.
@@ -276,7 +284,7 @@ class MoELayer:
             packed = placed.pack(x, topk_ids, topk_weights, experts, out, num_tokens, ordering)
             launch = functools.partial(self._launch, packed, chosen)
             try:
-                self.comm.run(target, chosen, (self._number, placed.tag), packed.generation, launch)
+                self.comm.run(target, chosen, self._number, packed.generation, launch)
             except MovedError:  # another thread has made a larger layer
                 continue
             if packed.lent:
@@ -335,12 +343,7 @@ class MoELayer:
             self._placed.restart()
 
 
-def _resolve_comm(spec: MoESpec, communicator: comm.Communicator | None) -> comm.Communicator:
-    if communicator is None:
-        if spec.world_size != 1:
-            raise CommError(f"world_size={spec.world_size} needs comm=: one of comm.local_group({spec.world_size}).")
-        return comm.init("single")
-    if communicator.world_size != spec.world_size:
-        raise CommError(f"comm has world_size={communicator.world_size}, but the spec says {spec.world_size}.")
-    return communicator
-
+def _own_comm(spec: MoESpec) -> comm.Communicator:
+    if spec.world_size != 1:
+        raise CommError(f"world_size={spec.world_size} needs comm=: one of comm.local_group({spec.world_size}).")
+    return comm.init("single")

@@ -114,7 +114,8 @@ class HeapLayout:
         """The largest layout in the proportions of ``needs`` that takes no more than ``heap_bytes``; that of ``needs`` when even
         this one takes more."""
         exact = cls.of(needs, world_size)
-        low, high = _UNIT, max(_UNIT, _UNIT * heap_bytes // exact.bytes)  # of which high is over the limit, if only by rounding
+        growing = max(1, exact.bytes - cls.of(HeapNeeds(), world_size).bytes)
+        low, high = _UNIT, max(_UNIT, _UNIT * heap_bytes // growing)  # of which high is over the limit, if only by rounding
         high = min(2 * high, _UNIT * MAX_TOKENS // max(needs.max_tokens, 1))
         while low < high:
             middle = (low + high + 1) // 2

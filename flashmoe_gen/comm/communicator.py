@@ -6,6 +6,7 @@ import ctypes
 import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -16,10 +17,12 @@ from ..errors import CommError, SpecError
 from ..launch.target import Memory, Target
 from ..layout import HeapLayout, HeapNeeds
 from ..scratch import Scratches
-from .base import Called, Launch, Restarts, Transport
+from ..spec import MoESpec
+from .base import Lane, Launch, Restarts, Transport
 from .calls import Calls
 
 T = TypeVar("T")
+Agree = Callable[..., int]
 
 
 class Communicator:
@@ -32,18 +35,25 @@ class Communicator:
         rank: this rank, 0 to ``world_size - 1``.
         world_size: number of ranks.
         local_rank: this rank among those of its machine.
+        node: number of its machine.
         ranks_here: ranks of this communicator in this process, ascending.
+        sharing: how many ranks share the processor this rank runs on.
+        device: number of the GPU that this rank must run on; ``None``: any, or the host.
+        scratches: the memory beside the heap that its layers share.
+        lane: the order of this rank's launches, across its communicators.
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, lane: Lane | None = None) -> None:
         self._transport, self._words, self._calls = transport, transport.words, Calls(transport)
         self.rank = transport.rank
         self.world_size = transport.world_size
-        self.local_rank, self.ranks_here = transport.local_rank, transport.ranks_here
+        self.local_rank, self.node, self.ranks_here = transport.local_rank, transport.node, transport.ranks_here
+        self.sharing, self.device = transport.sharing, transport.device
         self.lock = threading.RLock()  # held by whoever uses what the rank's calls use
         self._inside: Callable[[], object] = _nothing  # what lives as long as a call of this rank
-        self._stream: Any = None  # of the last launch
-        self.scratches = Scratches()  # what its layers share
+        self.scratches = Scratches()
+        self.lane = lane or Lane()
+        self._made: Counter[str] = Counter()  # what all ranks have agreed on: layers, placements, reservations
         _communicators.add(self)
 
     def __repr__(self) -> str:
@@ -79,7 +89,27 @@ class Communicator:
                 raise SpecError(f"{name}={value!r} is not valid. Must be an integer.")
         votes = self._transport.exchange((int(color), self.rank if key is None else int(key)), "split()")
         members = sorted((vote[1], rank) for rank, vote in enumerate(votes) if vote[0] == color)
-        return Communicator(self._transport.split([rank for _, rank in members]))
+        return Communicator(self._transport.split([rank for _, rank in members]), self.lane)
+
+    def reserve(self, *specs: MoESpec) -> None:
+        """Collective: lay out the heap for layers of these specs, before the first call. It stays where it is from then on, so
+        that what comes later must fit.
+
+        Raises:
+            SpecError: not a spec, or of another world size.
+            CommError: closed, the ranks pass different specs, no memory, over ``heap_bytes``, or they do not fit any more.
+        """
+        with self.agreeing("reservation {n}") as agree:
+            needs = HeapNeeds()
+            for spec in specs:
+                if not isinstance(spec, MoESpec):
+                    raise SpecError(f"reserve() got a {type(spec).__name__}. Must be specs.")
+                if spec.world_size != self.world_size:
+                    raise SpecError(
+                        f"reserve() got world_size={spec.world_size}. Must be {self.world_size}, as the communicator's."
+                    )
+                needs = needs.union(HeapNeeds.of(spec))
+            agree({}, needs)
 
     def check(self) -> None:
         """Raise what a past call of any rank left behind; return if all is well.
@@ -98,7 +128,9 @@ class Communicator:
         """
         self._calls.require_open()
         transport, words, idle = self._transport, self._words, True
-        transport.exchange(None, "reset()")
+        if transport.target is not None:
+            transport.target.synchronize()
+        transport.exchange(None, "reset()")  # after it no kernel runs on any rank
         if self.rank == self.ranks_here[0]:
             with words.lock:
                 idle = not words.launches
@@ -110,17 +142,23 @@ class Communicator:
     def close(self, *, abort: bool = False) -> None:
         """Give the communicator up, for all ranks of this process; every later use raises :class:`CommError`.
 
-        Waits for this rank's call in flight. ``abort=True`` waits for nobody: it ends the calls in flight on every rank, whose
-        callers get a :class:`CommError`.
+        Waits for this rank's call in flight, and where processes give memory back together, for the other ranks, at most
+        ``FLASHMOE_TIMEOUT_S``. ``abort=True`` waits for nobody: it ends the calls in flight on every rank, whose callers get a
+        :class:`CommError`, and keeps memory that peers may still store into until the process ends.
         """
+        if self._words.closed:
+            return
         if abort:
             self._transport.fail(f"rank {self.rank} has closed it with abort=True.")
-            self._transport.close()
+            self._transport.depart()
+            self._transport.release(abort=True)
         else:
             with self.lock:
                 self.require_outside("close()")
-                self.leave(None, "its communicator")
-                self._transport.close()
+                with self._words.lock:  # whoever is woken learns of both
+                    self._transport.depart()
+                    self.leave(None, "its communicator")
+                self._transport.release(abort=False)
 
     # What layers use -------------------------------------------------------------------------------------------------
 
@@ -156,30 +194,42 @@ class Communicator:
         """The abort record kernels of this rank fill."""
         return self._transport.record
 
-    def reserve(self, target: Target, needs: HeapNeeds) -> None:
-        """Make the heap large enough for one more layer.
+    @contextmanager
+    def agreeing(self, kind: str) -> Iterator[Agree]:
+        """Around the making of what all ranks make alike, the n-th of its kind: ``"layer {n}"``. Peers learn of a failure.
 
-        Raises:
-            CommError: closed, over ``heap_bytes``, bound to another target, or a call is in flight while the heap has to grow.
+        Inside, call what it yields once with a description, and with what the heap must have room for: it returns n, and raises as
+        :meth:`Transport.agree <flashmoe_gen.comm.base.Transport.agree>`.
         """
         self._calls.require_open()
-        with self._words.lock:
-            self._transport.bind(target)
-            self._transport.reserve(needs)
+        what, begun, asked, agreed = kind.format(n=self._made[kind]), self._calls.begun, False, False
 
-    def register(self, description: Mapping[str, Any]) -> int:
-        """Say that this rank has made its next layer, and what all ranks must have made alike; its number."""
-        return self._calls.made(description)
+        def agree(description: Mapping[str, Any], needs: HeapNeeds | None = None) -> int:
+            nonlocal asked, agreed
+            asked = True
+            heap = {f"heap.{name}": value for name, value in vars(needs).items()} if needs is not None else {}
+            self._transport.agree(what, {**description, **heap}, needs)
+            agreed = True
+            with self._words.lock:
+                self._made[kind] += 1
+                return self._made[kind] - 1
 
-    @contextmanager
-    def making(self) -> Iterator[None]:
-        """Around the making of a layer: peers that wait for it learn of a failure."""
-        self._calls.attempt()
         try:
-            yield
+            yield agree
         except BaseException as error:
-            self._calls.unmade(error)
+            if not asked:
+                self._transport.agree(what, error)
+            elif agreed:  # else all know it
+                self._calls.refuse(error, begun)
             raise
+
+    def bind(self, target: Target) -> None:
+        """Say where this rank runs.
+
+        Raises:
+            CommError: it runs elsewhere already.
+        """
+        self._transport.bind(target)
 
     def call(self, layer: int, work: Callable[[], T]) -> T:
         """Make one call of a layer: no other call of this rank meanwhile, and peers learn of a failure.
@@ -209,7 +259,9 @@ class Communicator:
     def require_outside(self, what: str) -> None:
         """Raise if this thread, which has the lock, is in a call: a signal handler must not change what the call uses."""
         if self._inside() is not None:
-            raise CommError(f"{what} inside a call of the same rank (in a signal handler?). Must wait until the call has ended.")
+            raise CommError(
+                f"{what} inside a call of the same rank (in a signal handler?). Must wait until the call has ended."
+            )
 
     def _refuse_overlap(self) -> None:
         why = (
@@ -235,27 +287,27 @@ class Communicator:
         self._calls.leave(layer, what)
 
     def run(
-        self, target: Target, stream: Any, called: Called, generation: int, launch: Callable[[ctypes.c_uint32 | None], None]
+        self, target: Target, stream: Any, layer: int, generation: int, launch: Callable[[ctypes.c_uint32 | None], None]
     ) -> None:
-        """Begin this rank's next call, and run its launch after what the rank launched before on other streams.
+        """Begin this rank's next call, of a layer, and run its launch after what the rank launched before on other streams.
 
         Raises:
             MovedError: see :meth:`flashmoe_gen.comm.calls.Calls.begin`.
             KernelTimeoutError, CommError: the call has ended in failure (synchronous targets).
         """
-        target.follow(stream, self._stream)
+        target.follow(stream, self.lane.stream)
         if not target.synchronous:
-            self._calls.begin(called, generation, None)
+            self._calls.begin(layer, generation, None)
             launch(None)
-            self._stream = stream
+            self.lane.stream = stream
             return
         flight, words = Launch(), self._words
-        self._calls.begin(called, generation, flight)
+        self._calls.begin(layer, generation, flight)
         try:
             launch(flight.stop)
         finally:
             words.launches.discard(flight)
-            if flight.stop.value and self.world_size == 1 and not words.failure:
+            if flight.stop.value and self.world_size == 1 and not words.failure():
                 self._transport.clear()  # nobody else has a part in what it left behind
         self._calls.require_success()
         if flight.stop.value:

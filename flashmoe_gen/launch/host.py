@@ -65,17 +65,22 @@ def _launcher() -> ctypes.CDLL:
 
 
 class HostMemory:
-    """Zeroed memory of this process; ``array`` is the same memory as uint8."""
+    """Memory that this process can use; ``array`` is the same memory as uint8."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.array = array
+        self.pointer = array.ctypes.data
+        self.nbytes = array.nbytes
+
+    @classmethod
+    def zeros(cls, nbytes: int) -> HostMemory:
+        """New memory. Raises :class:`CommError` when there is none."""
         try:
             raw = np.zeros(nbytes + _ALIGN, np.uint8)
         except MemoryError:
             raise CommError(f"This machine has no {nbytes} bytes of memory left.") from None
         start = -raw.ctypes.data % _ALIGN
-        self.array = raw[start : start + nbytes]
-        self.pointer = self.array.ctypes.data
-        self.nbytes = nbytes
+        return cls(raw[start : start + nbytes])
 
     def fill(self, offset: int, nbytes: int, value: int) -> None:
         self.array[offset : offset + nbytes] = value
@@ -155,10 +160,10 @@ class HostTarget:
         return max(1, min(_cores(1), tokens))
 
     def allocate(self, nbytes: int) -> HostMemory:
-        return HostMemory(nbytes)
+        return HostMemory.zeros(nbytes)
 
     def upload(self, array: np.ndarray[Any, Any]) -> HostMemory:
-        memory = HostMemory(array.nbytes)
+        memory = HostMemory.zeros(array.nbytes)
         memory.array[:] = np.ascontiguousarray(array).view(np.uint8)
         return memory
 
@@ -198,13 +203,17 @@ class HostTarget:
         try:
             if launcher.flashmoe_start(run, kernel.entry, prepared.pointer, workers, ctypes.byref(stop)) != 0:
                 ended = True
-                raise FlashMoEError(f"{kernel.compiled.name} needs {workers} threads; the system refused to start them.")
+                raise FlashMoEError(
+                    f"{kernel.compiled.name} needs {workers} threads; the system refused to start them."
+                )
             while not ended:  # between two waits Python runs its signal handlers
                 ended = launcher.flashmoe_wait(run, _WAIT_MS)
         finally:
             if not ended:
                 stop.value = 1
-            launcher.flashmoe_end_run(run)  # in one step: its threads use memory that is about to go, whatever signals come
+            launcher.flashmoe_end_run(
+                run
+            )  # in one step: its threads use memory that is about to go, whatever signals come
 
     def interrupt(self, aborted: Sequence[int]) -> None:
         pass  # stop= is what ends a launch here

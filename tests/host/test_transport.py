@@ -14,7 +14,6 @@ import flashmoe_gen as fmg
 from flashmoe_gen.comm.base import Transport
 from flashmoe_gen.comm.local import LocalGroup, LocalTransport
 from flashmoe_gen.launch.host import HostMemory, HostTarget
-from flashmoe_gen.layout import HeapNeeds
 
 SPEC = fmg.MoESpec(16, 24, 5, 2, dtype="float32", max_tokens=12, world_size=2)
 PROBLEM = Problem(SPEC)
@@ -54,8 +53,8 @@ def assert_right(ys: list[np.ndarray]) -> None:
         assert relative_error(y, PROBLEM.reference(*case)) <= BOUNDS["float32"]
 
 
-def test_the_protocol_is_enough() -> None:
-    """Calls, an error that peers are told, collectives, and a layer on a part of the ranks; every member is used."""
+def test_the_protocol_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls, errors that peers are told, collectives, and a layer on a part of the ranks; every member is used."""
     comms, used = recorded(2)
     world = World(SPEC, comms=comms)
     assert_right(world.run(PROBLEM, INPUTS))
@@ -67,6 +66,11 @@ def test_the_protocol_is_enough() -> None:
             world.layers[rank](x[:, :-1] if rank else x, ids, weights, experts)
 
     on_ranks(2, one_refuses)
+    on_ranks(2, lambda rank: comms[rank].reset())
+    with monkeypatch.context() as patch:
+        patch.setenv("FLASHMOE_TIMEOUT_S", "0.2")
+        with pytest.raises(fmg.KernelTimeoutError, match="of rank 1"):
+            world.layers[0](*INPUTS[0], PROBLEM.experts(world.placement.local_experts(0)))
     on_ranks(2, lambda rank: comms[rank].reset())
     assert_right(world.run(PROBLEM, INPUTS))
     on_ranks(2, lambda rank: comms[rank].barrier())
@@ -110,16 +114,22 @@ class Device(HostTarget):
         self.aborted += aborted
 
 
+def reserve(comm: fmg.comm.Communicator, device: Device) -> None:
+    """As a layer does."""
+    comm.bind(device)  # type: ignore[arg-type]
+    comm.reserve(SPEC.replace(world_size=comm.world_size))
+
+
 def test_each_rank_has_its_heap_where_it_runs() -> None:
-    comms, needs = fmg.comm.local_group(2), HeapNeeds.of(SPEC, "route")
+    comms = fmg.comm.local_group(2)
     devices = [Device(0, (1,)), Device(1, (0,))]
     for comm, device in zip(comms, devices):
-        comm.reserve(device, needs)
+        reserve(comm, device)
     for comm, device in zip(comms, devices):
         assert comm.heap_memory(comm.rank) is device.allocated[-1]
         assert comm.heap_pointers() == [other.allocated[-1].pointer for other in devices]
     generation = comms[0].generation
-    comms[0].reserve(devices[0], needs)
+    reserve(comms[0], devices[0])
     assert comms[0].generation == generation  # nothing moves again
     comms[0].close(abort=True)
     for device in devices:  # each rank's word is set by the target of that rank
@@ -130,14 +140,21 @@ def test_each_rank_has_its_heap_where_it_runs() -> None:
 @pytest.mark.parametrize("reached", [((), ()), ((1,), ()), ((), (0,))])
 def test_ranks_whose_devices_do_not_reach_each_other_are_refused(reached: tuple[tuple[int, ...], ...]) -> None:
     """Both ways: each rank writes into the memory of the other."""
-    comms, needs = fmg.comm.local_group(2), HeapNeeds.of(SPEC, "route")
-    comms[0].reserve(Device(0, reached[0]), needs)
+    comms = fmg.comm.local_group(2)
+    reserve(comms[0], Device(0, reached[0]))
     with pytest.raises(fmg.CommError, match="cannot use the memory of"):
-        comms[1].reserve(Device(1, reached[1]), needs)
+        reserve(comms[1], Device(1, reached[1]))
 
 
 def test_a_rank_stays_on_its_device() -> None:
-    comm, needs = fmg.comm.init("single"), HeapNeeds.of(SPEC.replace(world_size=1), "route")
-    comm.reserve(Device(0, (1,)), needs)
+    comm = fmg.comm.init("single")
+    reserve(comm, Device(0, (1,)))
     with pytest.raises(fmg.CommError, match="layers run on cpu:0; this one would run on cpu:1"):
-        comm.reserve(Device(1, (0,)), needs)
+        reserve(comm, Device(1, (0,)))
+
+
+def test_launches_of_a_rank_follow_each_other_across_its_communicators() -> None:
+    comms = fmg.comm.local_group(2)
+    halves = on_ranks(2, lambda rank: comms[rank].split(0))
+    assert [half.lane for half in halves] == [comm.lane for comm in comms]
+    assert comms[0].lane is not comms[1].lane
