@@ -1,6 +1,6 @@
 """flashmoe_gen: generate, compile and run fused Mixture-of-Experts layers."""
 
-from . import comm, programs, reference
+from . import comm, compat, programs, reference
 from .counters import LayerStats
 from .errors import (
     CacheError,
@@ -41,6 +41,7 @@ __all__ = [
     "TileConfig",
     "UnsupportedError",
     "comm",
+    "compat",
     "default_tile",
     "generate",
     "programs",

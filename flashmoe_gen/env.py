@@ -13,6 +13,7 @@ import platformdirs
 from .errors import CacheError, SpecError
 
 MIN_TIMEOUT_S, MAX_TIMEOUT_S = 1e-9, 1e9  # kernels count nanoseconds in 64 bits: a deadline is no 0, and no overflow
+MIN_SECRET = 16  # characters
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"", "0", "false", "no", "off"}
 
@@ -68,22 +69,44 @@ def cache_trust() -> str:
 
 def timeout_s() -> float:
     """``FLASHMOE_TIMEOUT_S``: deadline of a wait inside a kernel, in seconds; 0 turns it off."""
-    return _seconds(os.environ.get("FLASHMOE_TIMEOUT_S", "60"))
+    return _seconds("FLASHMOE_TIMEOUT_S", os.environ.get("FLASHMOE_TIMEOUT_S", ""), 60.0)
+
+
+def init_timeout_s() -> float:
+    """``FLASHMOE_INIT_TIMEOUT_S``: how long a process waits in ``comm.init`` for the others, in seconds; 0: for ever."""
+    return _seconds("FLASHMOE_INIT_TIMEOUT_S", os.environ.get("FLASHMOE_INIT_TIMEOUT_S", ""), 300.0)
 
 
 @lru_cache(maxsize=8)  # every call asks
-def _seconds(text: str) -> float:
-    text = text.strip() or "60"
+def _seconds(name: str, text: str, default: float) -> float:
+    text = text.strip()
     try:
-        value = float(text)
+        value = float(text) if text else default
     except ValueError:
         value = -1.0
     if value != 0 and not MIN_TIMEOUT_S <= value <= MAX_TIMEOUT_S:
         raise SpecError(
-            f"FLASHMOE_TIMEOUT_S={text!r} is not valid. Must be a number of seconds >= 0 (0 = no deadline): "
+            f"{name}={text!r} is not valid. Must be a number of seconds >= 0 (0 = no deadline): "
             f"0, or from {MIN_TIMEOUT_S:.0e} to {MAX_TIMEOUT_S:.0e}."
         )
     return value
+
+
+class Secret(bytes):
+    """Bytes that are not shown."""
+
+    def __repr__(self) -> str:
+        return "(set)"
+
+    __str__ = __repr__
+
+
+def secret() -> Secret | None:
+    """``FLASHMOE_SECRET``: what the processes of a job know and others do not; ``None``: nothing."""
+    value = os.environ.get("FLASHMOE_SECRET", "")
+    if 0 < len(value) < MIN_SECRET:
+        raise SpecError(f"FLASHMOE_SECRET has {len(value)} characters. Must have {MIN_SECRET} or more.")
+    return Secret(os.fsencode(value)) if value else None
 
 
 def target() -> str | None:
@@ -116,6 +139,8 @@ VARIABLES: dict[str, Callable[[], object]] = {
     "FLASHMOE_CACHE_DIR": cache_dir,
     "FLASHMOE_CACHE_TRUST": cache_trust,
     "FLASHMOE_TIMEOUT_S": timeout_s,
+    "FLASHMOE_INIT_TIMEOUT_S": init_timeout_s,
+    "FLASHMOE_SECRET": secret,
     "FLASHMOE_TARGET": target,
     "FLASHMOE_NO_JIT": no_jit,
     "FLASHMOE_KEEP_SOURCE": keep_source,

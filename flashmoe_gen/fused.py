@@ -60,7 +60,7 @@ class Fused:
     ) -> Fused:
         """Generate, compile and load; errors as :class:`flashmoe_gen.MoELayer`."""
         program = resolve(spec, tile.program, target.arch)
-        combine = resolve_combine(spec, schedule, program.default_combine)
+        combine = resolve_combine(spec, schedule)
         plan = program.plan(spec, tile, get_arch(target.arch))
         kernel = loaded(
             generate(spec, arch=target.arch, tile=tile, instrument=instrument).compile,

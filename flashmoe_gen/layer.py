@@ -12,6 +12,7 @@ import numpy as np
 
 from . import arrays, comm, env
 from .call import PackedCall
+from .comm.alone import alone
 from .comm.base import MovedError
 from .comm.communicator import Agree
 from .counters import LayerStats
@@ -20,6 +21,7 @@ from .experts import Experts
 from .fused import Fused
 from .instrument import Instrument
 from .launch import choose
+from .layout import HeapNeeds
 from .placed import Placed, require_fitting
 from .programs import default_tile
 from .router import Router
@@ -36,11 +38,14 @@ class MoELayer:
             there and ``"host"`` when none is.
         tile: tile configuration; default :func:`flashmoe_gen.default_tile`.
         schedule: order of the tasks, and how rows come back; default: what :class:`Schedule` picks.
-        comm: this rank's communicator; not needed for ``world_size=1``.
+        comm: this rank's communicator. Not needed for ``world_size=1``: such layers share one with those of the same device whose
+            heap they fit, and so their calls follow each other; ``comm.init("single")`` gives a layer one of its own.
         placement: which rank holds which expert; default :meth:`Placement.default`.
         stream: CUDA stream of the calls (``target="cuda"``); default: the current one of the array library at each call.
         max_blocks: the most blocks of a launch (``target="cuda"``), of which whole clusters are used; default: all that are
-            resident at the same time, shared evenly by the ranks of this process.
+            resident at the same time, shared evenly by the ranks on the GPU.
+        reserve_multiprocessors: multiprocessors that launches leave free (``target="cuda"``) for kernels that must run at the same
+            time on other streams, such as a collective of NCCL that a peer waits for.
         instrument: tracing or random delays in the kernel, for looking into it; default none.
 
     Making a layer is collective: every rank makes the same layers in the same order. Processes wait for each other there, and all
@@ -72,11 +77,13 @@ class MoELayer:
         placement: Placement | None = None,
         stream: Any = None,
         max_blocks: int | None = None,
+        reserve_multiprocessors: int = 0,
         instrument: Instrument | None = None,
     ) -> None:
         self.spec = spec
-        self._max_blocks, self._given_stream, self._given_schedule = max_blocks, stream, schedule
-        self.comm = comm if comm is not None else _own_comm(spec)
+        self._max_blocks, self._reserve_multiprocessors = max_blocks, reserve_multiprocessors
+        self._given_stream, self._given_schedule = stream, schedule
+        self.comm = comm if comm is not None else _own_comm(spec, target, max_blocks)
         with self.comm.agreeing("layer {n}") as agree:
             self._make(agree, target, tile, schedule, placement, stream, instrument)
 
@@ -95,7 +102,14 @@ class MoELayer:
             raise CommError(f"comm has world_size={self.comm.world_size}, but the spec says {spec.world_size}.")
         env.timeout_s()  # a bad one is found before anything is compiled
         self._instrument = instrument
-        self._target = choose(target, self.comm.target, self._max_blocks, self.comm.sharing)
+        self._target = choose(
+            target,
+            self.comm.target,
+            self._max_blocks,
+            self.comm.sharing,
+            device=self.comm.device,
+            reserve_multiprocessors=self._reserve_multiprocessors,
+        )
         self._stream = self._target.stream(stream, None) if stream is not None else None
         self.tile = tile or default_tile(spec, self._target.arch)
         self.schedule = resolve_schedule(self.tile, schedule)
@@ -128,6 +142,7 @@ class MoELayer:
                 placement=self.placement,
                 stream=self._given_stream,
                 max_blocks=self._max_blocks,
+                reserve_multiprocessors=self._reserve_multiprocessors,
                 instrument=self._instrument,
             )
         memo[id(self)] = made
@@ -342,8 +357,7 @@ class MoELayer:
         if not self._closed:
             self._placed.restart()
 
-
-def _own_comm(spec: MoESpec) -> comm.Communicator:
+def _own_comm(spec: MoESpec, target: str | None, max_blocks: int | None) -> comm.Communicator:
     if spec.world_size != 1:
-        raise CommError(f"world_size={spec.world_size} needs comm=: one of comm.local_group({spec.world_size}).")
-    return comm.init("single")
+        raise CommError(f"world_size={spec.world_size} needs comm=: one of comm.local_group({spec.world_size}), or comm.init().")
+    return alone(choose(target, None, max_blocks), HeapNeeds.of(spec))

@@ -7,7 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .args import (
-    ABORT_RECORD, CONTROL, LIST_ENTRY, READY_BLOCK, SCRATCH_STATE, SEGMENT, STATE, SUMMAND, TRACE_EVENT,
+    ABORT_RECORD,
+    CONTROL,
+    LIST_ENTRY,
+    READY_BLOCK,
+    SCRATCH_STATE,
+    SEGMENT,
+    STATE,
+    SUMMAND,
+    TRACE_EVENT,
 )  # fmt: skip
 from .plan import CHUNK_TOKENS, COUNT_HEADER, KernelPlan, RowFormats, SchedulePlan, ceil_div
 from .spec import MAX_EXPERTS, MAX_TOKENS, MoESpec

@@ -81,8 +81,8 @@ class Placed:
     def emptied(self) -> Placed:
         """The same without memory and with nothing borrowed, for a layer that is closed."""
         nothing = self._fused.target.allocate(0)
-        unshared = Scratch(self.scratch.needs, nothing)
-        return Placed(self._fused, self._comm, self.placement, self.tag, self.order, self.tables, unshared, nothing)
+        tables, unshared = dict.fromkeys(self.tables, nothing), Scratch(self.scratch.needs, nothing)
+        return Placed(self._fused, self._comm, self.placement, self.tag, self.order, tables, unshared, nothing)
 
     @property
     def local_experts(self) -> int:

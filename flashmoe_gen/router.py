@@ -46,9 +46,19 @@ class Router:
         self._args["top_groups"] = spec.top_groups
 
     def __call__(
-        self, x: Any, router_weight: Any, *, logit_bias: Any = None, selection_bias: Any = None, stream: Any = None
+        self,
+        x: Any,
+        router_weight: Any,
+        *,
+        logit_bias: Any = None,
+        selection_bias: Any = None,
+        stream: Any = None,
+        out: tuple[Any, Any] | None = None,
     ) -> tuple[Any, Any]:
-        """Route ``x``; arguments, result and errors as :meth:`flashmoe_gen.MoELayer.route`."""
+        """Route ``x``; arguments, result and errors as :meth:`flashmoe_gen.MoELayer.route`.
+
+        ``out``: arrays for the ids and the weights, contiguous and of the right shapes and dtypes.
+        """
         spec, experts = self.spec, self.spec.num_experts
         chosen = self._target.stream(None, x) if stream is None else stream
         where: dict[str, Any] = {"device": self._target.device, "stream": self._target.dlpack_stream(chosen)}
@@ -64,7 +74,10 @@ class Router:
         for name, bias in (("logit_bias", logit_bias), ("selection_bias", selection_bias)):
             if bias is not None:
                 views[name] = arrays.checked(bias, name, (experts,), "float32", **where)
-        ids, weights = (arrays.empty_like(x, (count, spec.top_k), dtype) for dtype in ("int32", "float32"))
+        if out is None:
+            ids, weights = (arrays.empty_like(x, (count, spec.top_k), dtype) for dtype in ("int32", "float32"))
+        else:
+            ids, weights = out
         views |= {"topk_ids": arrays.view(ids, "topk_ids"), "topk_weights": arrays.view(weights, "topk_weights")}
         args = self._args.copy()
         for name, view in views.items():

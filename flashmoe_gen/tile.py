@@ -31,8 +31,8 @@ class Schedule:
     """In which order a kernel's tasks run, and how their results come back: launch arguments, the text is the same for all.
 
     Args:
-        combine: ``"route"`` returns one row per route, ``"rank"`` lets each owner sum its routes of a token first,
-            ``None`` picks by target and world size.
+        combine: ``"route"`` (and ``None``) returns one row per route; ``"rank"`` lets this rank sum its routes of another rank's
+            token before they go back, as far as its pool has room. Ranks need not agree.
         lag: M-blocks whose GEMM1 come between a GEMM1 and its GEMM2 in the task order, ``None``: as many as keep a GEMM2
             from waiting for tiles that have only just been claimed.
         panel: most M-blocks of one expert whose tasks follow each other column by column, so that a weight tile is read

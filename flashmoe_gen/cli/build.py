@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from ..arch import get_arch
@@ -49,11 +50,11 @@ class Job:
         return f"the {'layer' if self.kind == 'moe' else self.kind} for {self.arch}"
 
 
-def program(arch: str) -> Job:
-    """The small program that every layer needs beside its kernels."""
+def programs(arch: str) -> list[Job]:
+    """The small programs that layers need beside their kernels."""
     if get_arch(arch).compiler == "c++":
-        return Job(arch, "program", None, lambda: host.build_program("launcher"))
-    return Job(arch, "program", None, lambda: cuda.build_program("narrow_ids", arch))
+        return [Job(arch, "program", None, lambda: host.build_program("launcher"))]
+    return [Job(arch, "program", None, partial(cuda.build_program, name, arch)) for name in ("narrow_ids", "count_ids")]
 
 
 def kernel(
@@ -70,7 +71,7 @@ def kernel(
 
 def layer(spec: MoESpec, arch: str, tile: TileConfig, instrument: Instrument | None = None) -> list[Job]:
     """All that one layer needs: then making and calling it compiles nothing."""
-    return [*(kernel(spec, arch, kind, tile, instrument) for kind in KINDS), program(arch)]
+    return [*(kernel(spec, arch, kind, tile, instrument) for kind in KINDS), *programs(arch)]
 
 
 def build(jobs: list[Job]) -> list[CompiledKernel]:

@@ -19,7 +19,7 @@ from ..errors import SpecError
 from ..launch.cuda import CudaTarget, device_name
 from ..launch.host import HostTarget
 from ..plan import resolve_combine
-from ..programs import plan_kernel, resolve
+from ..programs import plan_kernel
 from ..render import KernelSource, generate
 from ..spec import MAX_TOKENS, MoESpec
 from ..tile import Combine, Schedule, TileConfig
@@ -136,13 +136,14 @@ class _Demo:
 
     def _plan(self) -> dict[str, Any]:
         spec, numbers = self.spec, plan_kernel(self.spec, self.tile, self.arch)
-        heap, workspace = runtime_bytes(spec, self.tile, self.schedule, self.target)
+        memory = runtime_bytes(spec, self.tile, self.schedule, self.target)
         plan = {
             **{f"{phase.name}_tiles": phase.tiles for phase in numbers.phases},
             "tasks_per_block": numbers.tasks,
             "weight_bytes": weight_bytes(spec),
-            "heap_bytes_per_rank": heap,
-            "workspace_bytes_per_rank": workspace,
+            "heap_bytes_per_rank": memory.heap,
+            "scratch_bytes_per_rank": memory.scratch,
+            "layer_bytes_per_rank": memory.layer,
         }
         if not self.quiet:
             groups = f", {spec.top_groups} of {spec.num_groups} groups" if spec.num_groups > 1 else ""
@@ -163,8 +164,8 @@ class _Demo:
                     f"{self.tile.block_m} rows: {tiles} = {numbers.tasks} tasks",
                 ),
                 ("weights", size(weight_bytes(spec))),
-                ("heap", f"{size(heap)} a rank (symmetric: what other ranks write into)"),
-                ("workspace", f"{size(workspace)} a rank"),
+                ("heap", f"{size(memory.heap)} a rank, for all layers (symmetric: what other ranks write into)"),
+                ("scratch", f"{size(memory.scratch)} a rank, for all layers; {size(memory.layer)} more for each layer"),
             ]
             console.pairs(f"{self.model}: spec and plan", rows)
         return plan
@@ -225,7 +226,7 @@ class _Demo:
         return ranks, checks
 
     def _combine(self) -> Combine:
-        return resolve_combine(self.spec, self.schedule, resolve(self.spec, self.tile.program, self.arch).default_combine)
+        return resolve_combine(self.spec, self.schedule)
 
     def _alone(self) -> MoESpec:
         return self.spec.replace(world_size=1, max_tokens=self.spec.world_size * self.spec.max_tokens)

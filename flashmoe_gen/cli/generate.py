@@ -86,7 +86,7 @@ def compile_command(
         asked = request(model, config, set_, kernel=kernel)
         jobs += _jobs(asked, archs, kinds)
         _note_unused(asked, [job.source for job in jobs if job.source is not None])
-    jobs += [build.program(name) for name in archs]
+    jobs += [job for name in archs for job in build.programs(name)]
     results = _compile_all(jobs)
     failed = [result for result in results if "error" in result]
     if json_:

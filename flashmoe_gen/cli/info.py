@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.text import Text
 
 from .. import __version__, env, packages
 from ..arch import ARCHS
 from ..compile import compiler_identity, find_host_compiler
-from ..errors import FlashMoEError
+from ..errors import FlashMoEError, UnsupportedError
+from ..fused import launch_shape
 from ..launch.cuda import CudaTarget, device_count
 from . import console
 from .console import JsonFlag
 from .memory import available_bytes
+from .options import ConfigOption, ModelOption, Request, SetOption, request
+from .problem import RuntimeBytes, planned_bytes
 
 _PACKAGES = (
     "numpy ml_dtypes jinja2 cupy-cuda12x cupy-cuda13x nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 nvidia-cuda-nvrtc "
@@ -25,13 +30,26 @@ _PACKAGES = (
 ).split()
 
 _VARIABLES: dict[str, Callable[[], object]] = {**env.VARIABLES, "CXX": lambda: os.environ.get("CXX") or None}
+_MULTIPROCESSORS = 132  # of an H100
 _UNSET = {"FLASHMOE_KEEP_SOURCE": "nowhere"}  # what a variable without a value means; automatic
 
 
-def info(json_: JsonFlag = False) -> None:
-    """Show versions, compilers, devices and settings: what is usable here, and why the rest is not."""
+def info(
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    arch: Annotated[str, typer.Option("--arch", help="Of the GPU that --model is planned for.")] = "sm_90a",
+    json_: JsonFlag = False,
+) -> None:
+    """Show versions, compilers, devices and settings: what is usable here, and why the rest is not.
+
+    With a model also the memory that its layers take: --model qwen3-30b-a3b --set max_tokens=8192 --set world_size=2.
+    """
+    layers = None if model is None and config is None else _memory(request(model, config, set_), arch)
     with console.step("looking around"):
         found = collect()
+    if layers is not None:
+        found["layers"] = {"arch": arch, "multiprocessors": _MULTIPROCESSORS, **dataclasses.asdict(layers)}
     if json_:
         console.print_json(found)
         return
@@ -43,8 +61,21 @@ def info(json_: JsonFlag = False) -> None:
     console.pairs("\nCan be used for", [(name, _verdict(state)) for name, state in found["usable"].items()])
     if found["gpus"]:
         console.table("\nGPUs", ["device", "arch", "memory"], [_gpu_row(gpu) for gpu in found["gpus"]], left=2)
+    if layers is not None:
+        parts = {"heap of all layers": layers.heap, "scratch of all layers": layers.scratch, "each layer": layers.layer}
+        title = f"\nMemory of a rank, beside the weights ({arch}, {_MULTIPROCESSORS} multiprocessors)"
+        console.pairs(title, [(name, console.size(nbytes)) for name, nbytes in parts.items()])
     settings = [(name, f"{s['value']}{'' if s['set'] else '  (default)'}") for name, s in found["environment"].items()]
     console.pairs("\nEnvironment", settings)
+
+
+def _memory(asked: Request, arch: str) -> RuntimeBytes:
+    spec, tile = asked.spec, asked.tile_for(arch)
+    shape = launch_shape(spec, tile, arch)
+    blocks = max(1, shape.min_blocks) * _MULTIPROCESSORS // shape.cluster * shape.cluster
+    return planned_bytes(
+        spec, tile, asked.schedule, arch, processors=max(1, blocks // shape.cluster - 1), workers=blocks, system_workers=1
+    )
 
 
 def collect() -> dict[str, Any]:
@@ -61,7 +92,8 @@ def collect() -> dict[str, Any]:
             "compiling and running on the host": _try(lambda: find_host_compiler().version),
             "compiling for GPUs": _try(lambda: compiler_identity("sm_90a").split(" -")[0]),
             "running on GPUs": _try(lambda: _target(CudaTarget())),
-            "ranks in several processes": {"usable": False, "detail": _several_processes()},
+            "ranks that are processes, on the host": _try(_several_processes),
+            "ranks that are processes, on GPUs": _try(packages.check_nvshmem),
         },
         "gpus": _gpus(),
         "environment": {name: _setting(name, read) for name, read in _VARIABLES.items()},
@@ -80,13 +112,10 @@ def _target(target: CudaTarget) -> str:
 
 
 def _several_processes() -> str:
-    none_yet = "this version does not run them yet"
-    if not any(packages.version(name) for pair in packages.NVSHMEM_PAIRS.values() for name in pair):
-        return f"{none_yet}, and NVSHMEM is not installed"
-    try:
-        return f"{none_yet}; {packages.check_nvshmem()}, a tested pair, is installed"
-    except FlashMoEError as error:
-        return f"{none_yet}. {error}"
+    if not hasattr(os, "memfd_create"):
+        raise UnsupportedError("They need Linux: they share memory through memfd_create.")
+    mpi = packages.version("mpi4py")
+    return f"srun, torchrun, RANK and WORLD_SIZE, {f'mpirun with mpi4py {mpi}' if mpi else 'no mpirun: mpi4py is not installed'}"
 
 
 def _cpu() -> str:

@@ -18,7 +18,7 @@ from ..fused import launch_shape
 from ..launch.target import Target
 from ..layout import HeapLayout, HeapNeeds, ScratchLayout, layer_regions, total_bytes
 from ..plan import plan_schedule, resolve_combine
-from ..programs import plan_kernel, resolve
+from ..programs import plan_kernel
 from ..spec import MoESpec, Placement
 from ..tile import Schedule, TileConfig
 from . import console
@@ -86,22 +86,48 @@ def ranks_of(spec: MoESpec) -> str:
     return "1 rank" if spec.world_size == 1 else f"{spec.world_size} ranks"
 
 
+@dataclasses.dataclass(frozen=True)
+class RuntimeBytes:
+    """What layers take on the rank that holds most experts, beside their weights.
+
+    Attributes:
+        heap: of the communicator: symmetric, other ranks write into it.
+        scratch: of the communicator, on this rank alone.
+        layer: of each layer.
+    """
+
+    heap: int
+    scratch: int
+    layer: int
+
+    @property
+    def all(self) -> int:
+        """With one layer."""
+        return self.heap + self.scratch + self.layer
+
+
+def planned_bytes(
+    spec: MoESpec, tile: TileConfig, schedule: Schedule, arch: str, *, processors: int, workers: int, system_workers: int,
+    trace_events: int = 0,
+) -> RuntimeBytes:  # fmt: skip
+    """For launches of so many processors, by so many threads or blocks, some of which are of the operating system alone."""
+    local = len(Placement.default(spec.num_experts, spec.world_size).local_experts(0))
+    plan, combine = plan_kernel(spec, tile, arch), resolve_combine(spec, schedule)
+    order = plan_schedule(spec, tile, plan, schedule, combine=combine, local_experts=local, processors=processors)
+    scratch = ScratchLayout.of(spec, tile, plan, order, local_experts=local, planners=workers - system_workers)
+    own = total_bytes(layer_regions(workers * plan.tracks, trace_events)) + 4 * (2 * spec.num_experts + spec.world_size + 1)
+    return RuntimeBytes(HeapLayout.of(HeapNeeds.of(spec), spec.world_size).bytes, scratch.needs.bytes, own)
+
+
 def runtime_bytes(
     spec: MoESpec, tile: TileConfig, schedule: Schedule, target: Target, trace_events: int = 0
-) -> tuple[int, int]:
-    """Bytes of the symmetric heap, and of the scratch and what a layer has for itself, on the rank that holds most experts.
-
-    A GPU's kernel is not there yet: it is taken to have the blocks that its registers are planned for.
-    """
-    arch = target.arch
-    processors, workers = target.expected(launch_shape(spec, tile, arch), spec.world_size)
-    local = len(Placement.default(spec.num_experts, spec.world_size).local_experts(0))
-    plan = plan_kernel(spec, tile, arch)
-    combine = resolve_combine(spec, schedule, resolve(spec, tile.program, arch).default_combine)
-    order = plan_schedule(spec, tile, plan, schedule, combine=combine, local_experts=local, processors=processors)
-    scratch = ScratchLayout.of(spec, tile, plan, order, local_experts=local, planners=workers - target.system_workers)
-    own = total_bytes(layer_regions(workers * plan.tracks, trace_events))
-    return HeapLayout.of(HeapNeeds.of(spec), spec.world_size).bytes, scratch.needs.bytes + own
+) -> RuntimeBytes:
+    """A GPU's kernel is not there yet: it is taken to have the blocks that its registers are planned for."""
+    processors, workers = target.expected(launch_shape(spec, tile, target.arch), spec.world_size)
+    return planned_bytes(
+        spec, tile, schedule, target.arch, processors=processors, workers=workers, system_workers=target.system_workers,
+        trace_events=trace_events,
+    )  # fmt: skip
 
 
 def working_bytes(spec: MoESpec) -> int:
@@ -146,7 +172,7 @@ def require_memory(
     Raises:
         FlashMoEError: there is not; says how many experts would fit.
     """
-    layers = sum(one.world_size * sum(runtime_bytes(one, tile, schedule, target, trace_events)) for one in (spec, *also))
+    layers = sum(one.world_size * runtime_bytes(one, tile, schedule, target, trace_events).all for one in (spec, *also))
     needed = weight_bytes(spec) + working_bytes(spec)
     memory = available_bytes()
     on_host = target.device == "cpu"

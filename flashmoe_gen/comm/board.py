@@ -119,6 +119,8 @@ class Board(Words):
             start += nbytes
             return memory.view[start - nbytes : start]
 
+        self._memory = memory
+        self._completed = take(_WORD).cast("Q")  # exchanges that are over; its writer has the memory's lock
         self._all = take(_KINDS * world * _WORD).cast("Q")
         self._failed, self._departed = (self._all[kind * world : (kind + 1) * world] for kind in (_FAILED, _CLOSED))
         self._refused, self._posted = (self._all[kind * world : (kind + 1) * world] for kind in (_REFUSED, _POSTED))
@@ -130,7 +132,7 @@ class Board(Words):
         ]
         self._failures = [_Text(self._all, _FAILED * world + peer, failures[peer]) for peer in range(world)]
         self._quiet = bytes(world * _WORD)
-        self._owner, self._pid = "", os.getpid()
+        self._owner = ""  # in a forked child: why it cannot be used
         self._number = 0  # exchanges that are over
         self._busy = threading.Lock()
         self._busy_thread = 0
@@ -138,7 +140,7 @@ class Board(Words):
     @staticmethod
     def nbytes(world_size: int) -> int:
         """Of the memory it takes."""
-        return world_size * (_WORD * (_KINDS + _RECENT) + 2 * (_WORD + _TEXT) + 2 * (_HEADER.size + _CHUNK))
+        return _WORD + world_size * (_WORD * (_KINDS + _RECENT) + 2 * (_WORD + _TEXT) + 2 * (_HEADER.size + _CHUNK))
 
     # Words -----------------------------------------------------------------------------------------------------------
 
@@ -171,15 +173,20 @@ class Board(Words):
     def depart(self) -> None:
         """Tell all that this rank has closed its end."""
         self.closed = True
-        if os.getpid() == self._pid:
+        if not self.disowned:
             self._departed[self._rank] = 1
             fence()
+
+    @property
+    def disowned(self) -> bool:
+        """Whether this is a forked child."""
+        return bool(self._owner)
 
     def disown(self) -> None:
         """In a forked child: it has no part in this, and must not change anything."""
         self.lock = threading.RLock()
         self.launches.clear()
-        self.closed, self._owner = True, f"it belongs to process {self._pid}, which this one was forked from."
+        self.closed, self._owner = True, f"it belongs to process {os.getppid()}, which this one was forked from."
 
     def ended(self, peer: int) -> str:
         """``""`` while the process of a rank goes on, else that it is no more."""
@@ -204,10 +211,10 @@ class Board(Words):
             raise CommError(f"{what} inside another collective of the same rank (in a signal handler?).")
         data = encode(value)
         parts = [b""] * self._world
+        sent, longest = 0, 1  # before the try: an interrupt may come at any line
         with self._busy:
             try:
                 self._busy_thread = threading.get_ident()
-                sent, longest = 0, 1
                 while sent < longest:
                     self._pass(data, sent, what, seconds, sound)
                     for peer in range(self._world):
@@ -238,20 +245,20 @@ class Board(Words):
             fence()
             self._await(word, what, seconds, sound)
         except BaseException as error:
-            self._posted[self._rank] = before
-            fence()
-            # Whoever has seen all ranks here looked twice, so if this one has come too late to leave, it sees them all here.
-            if [peer for peer in self._missing(word, what) if peer != self._rank]:
+            with self._memory.locked():
+                complete = self._completed[0] >= number
+                if not complete:
+                    self._posted[self._rank] = before
+            if not complete:
                 raise
-            self._posted[self._rank] = word
             self._number = number
             if not isinstance(error, CommError):
                 raise
         self._number = number
         fence()
 
-    def _missing(self, word: int, what: str) -> list[int]:
-        """Ranks that are not here: neither in this exchange nor in the next one.
+    def _missing(self, word: int, what: str, sound: Callable[[], None]) -> list[int]:
+        """Ranks that are not here.
 
         Raises:
             CommError: one is in something else; but who resets waits until it has learnt of the failure.
@@ -259,7 +266,7 @@ class Board(Words):
         missing = []
         for peer in range(self._world):
             posted = self._posted[peer]
-            if posted == word or posted >> 32 == (word >> 32) + 1:
+            if posted == word:
                 continue
             missing.append(peer)
             if posted >> 32 == word >> 32 and what != RESET:
@@ -268,26 +275,39 @@ class Board(Words):
                     _HEADER.unpack_from(self._boxes[peer][(word >> 32) % 2])[1].rstrip(b"\0").decode(errors="ignore")
                 )
                 if self._posted[peer] == posted:
+                    sound()  # it may have learnt of a failure before
                     why = f"Rank {self._rank} is in {what} where rank {peer} is in {other}."
                     self.fail(why)
                     raise CommError(f"{why} All ranks do the same in the same order.")
         return missing
 
+    def _is_complete(self, word: int, missing: Sequence[int]) -> bool:
+        """Whether the exchange is over. The first that finds all ranks here ends it, unless one of them has just left."""
+        number = word >> 32
+        if self._completed[0] < number and not missing:
+            with self._memory.locked():
+                if self._completed[0] < number and all(posted == word for posted in self._posted):
+                    self._completed[0] = number
+        return self._completed[0] >= number
+
     def _await(self, word: int, what: str, seconds: float, sound: Callable[[], None]) -> None:
         start, look, pause = time.monotonic(), 0.0, 2e-5
-        while (missing := self._missing(word, what)) or (missing := self._missing(word, what)):
+        while not self._is_complete(word, missing := self._missing(word, what, sound)):
             sound()
             now = time.monotonic()
             if now >= look:
                 look = now + _LOOK_S
+                ended = [(peer, why) for peer in missing if (why := self.ended(peer)) and not self._departed[peer]]
                 closed = [peer for peer in missing if self._departed[peer] and what != CLOSE]
-                ended = {peer: why for peer in missing if (why := self.ended(peer))}
-                for peer in self._missing(word, what):  # the last thing it did may have been to come here
-                    if peer in closed:
+                if self._completed[0] >= word >> 32:  # they have gone since
+                    continue
+                for peer, why in ended:
+                    if self._posted[peer] != word:  # coming here was not the last thing it did
+                        self.fail(why)
+                        raise CommError(f"{what} cannot be: {why}")
+                for peer in closed:
+                    if self._posted[peer] != word:
                         raise CommError(f"{what} cannot be: {_closed(peer)}")
-                    if peer in ended:
-                        self.fail(ended[peer])
-                        raise CommError(f"{what} cannot be: {ended[peer]}")
             if seconds and now - start > seconds:
                 ranks = ", ".join(map(str, missing))
                 raise CommError(f"{what}: rank{'s' * (len(missing) > 1)} {ranks} did not come within {seconds:g} s.")

@@ -136,7 +136,9 @@ class Communicator:
                 idle = not words.launches
                 if idle:
                     transport.clear()
-        if not all(transport.exchange(idle, "reset()")):  # after it others may already be in their next call
+        while None in (told := transport.exchange(idle, "reset()")):
+            pass  # a rank was interrupted between the two exchanges, and begins again
+        if not all(told):  # after it others may already be in their next call
             raise CommError("reset() while a call is in flight on some rank.")
 
     def close(self, *, abort: bool = False) -> None:

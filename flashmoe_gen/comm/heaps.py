@@ -40,7 +40,6 @@ def share(nbytes: int, rank: int, exchange: Exchange) -> SharedMemory:
         if told:
             raise CommError(told)
     assert memory is not None
-    memory.settle()
     return memory
 
 

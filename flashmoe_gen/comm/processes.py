@@ -8,12 +8,12 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .. import env, packages
-from ..errors import CommError, SpecError, UnsupportedError
+from ..errors import CommError, FlashMoEError, SpecError, UnsupportedError
 from ..launch.cuda import CudaTarget, device_count
 from ..launch.host import HostTarget
 from ..launch.target import Memory, Target
@@ -21,6 +21,7 @@ from ..layout import HeapLayout, HeapNeeds
 from .agreement import cannot, clear, disagreement, laid_out, no_longer_fits
 from .base import ABORTED_AT, Heaps, HeapSource, Restarts, Words
 from .board import CLOSE, RESET, Board
+from .bootstrap import Bootstrap
 from .calls import reason, require_sound
 from .heaps import HostHeapSource, share
 from .shared import Process, SharedMemory, decode, encode
@@ -28,20 +29,6 @@ from .shared import Process, SharedMemory, decode, encode
 T = TypeVar("T")
 
 BUILD_S = 1800.0  # deadline of what waits for compilers; a rank that has ended is noticed at once
-
-
-class Bootstrap(Protocol):
-    """How processes that a launcher has started find each other; used once."""
-
-    method: str
-    rank: int
-    world_size: int
-
-    def gather(self, value: bytes, what: str) -> list[bytes]:
-        """Collective: every rank's bytes, in rank order."""
-
-    def close(self) -> None:
-        """No more gathers."""
 
 
 # ---- The transport ----------------------------------------------------------------------------------------------------
@@ -75,7 +62,7 @@ class ProcessTransport:
     ) -> None:
         self.rank = self.local_rank = rank
         self.world_size = len(processes)
-        self.ranks_here = (rank,)
+        self.ranks_here: tuple[int, ...] = (rank,)
         self.sharing, self.device, self.target = sharing, device, target
         self._board = Board(memory, rank, processes)
         self.words: Words = self._board
@@ -86,6 +73,7 @@ class ProcessTransport:
         self._asked = HeapNeeds()
         self._layout = HeapLayout.of(self._asked, self.world_size)
         self._layers: weakref.WeakSet[Restarts] = weakref.WeakSet()
+        self._parts: weakref.WeakSet[ProcessTransport] = weakref.WeakSet()
         weakref.finalize(self, self._board.depart)  # at the end of the interpreter too; waits for nobody
         _transports.add(self)
 
@@ -98,7 +86,19 @@ class ProcessTransport:
         self._source = source
         if self._heap_bytes is not None:
             laid_out(self._asked, self.world_size, self._heap_bytes)  # raises when nothing would fit
-            self._heaps = source.allocate(self._heap_bytes)
+            self._heaps = self._allocate(self._heap_bytes)
+
+    def _allocate(self, nbytes: int) -> Heaps:
+        heaps, why = None, ""
+        try:
+            heaps = self._source.allocate(nbytes)
+        except FlashMoEError as error:
+            why = str(error)
+        for told in self._trade(why):
+            if told:
+                raise CommError(told)
+        assert heaps is not None
+        return heaps
 
     def _trade(self, value: Any) -> list[Any]:
         return self.exchange(value, "the making of heaps")
@@ -135,7 +135,7 @@ class ProcessTransport:
         layout, before = laid_out(asked, self.world_size, self._heap_bytes), None
         self.target.synchronize()
         if self._heap_bytes is None:
-            before, self._heaps = self._heaps, self._source.allocate(layout.bytes)
+            before, self._heaps = self._heaps, self._allocate(layout.bytes)
         assert self._heaps is not None
         with self.words.lock:
             self._layout, self._asked = layout, asked
@@ -166,23 +166,31 @@ class ProcessTransport:
     # Collectives -----------------------------------------------------------------------------------------------------
 
     def exchange(self, value: T, what: str) -> list[T]:
-        return self._board.exchange(value, what, env.timeout_s(), lambda: self._require(what))
+        return self._exchange(value, what, env.timeout_s())
 
-    def _require(self, what: str) -> None:
-        if (self.words.closed and what != CLOSE) or what not in (RESET, CLOSE):
-            require_sound(self.words)
+    def _exchange(self, value: Any, what: str, seconds: float) -> list[Any]:
+        def sound() -> None:
+            if (self.words.closed and what != CLOSE) or what not in (RESET, CLOSE):
+                require_sound(self.words)
+
+        try:
+            return self._board.exchange(value, what, seconds, sound)
+        except Exception:
+            raise
+        except BaseException as error:  # Ctrl-C: peers may wait for this rank, which goes elsewhere
+            self.fail(f"Rank {self.rank} raised {reason(error)}")
+            raise
 
     def agree(self, what: str, value: Mapping[str, Any] | BaseException, needs: HeapNeeds | None = None) -> None:
         place, timeout = f"the making of {what}", env.timeout_s()
         deadline = max(BUILD_S, timeout) if timeout else 0.0
-        try:
-            if isinstance(value, BaseException):
-                if not isinstance(value, Exception):  # Ctrl-C does not wait
-                    return self.fail(f"Rank {self.rank} raised {reason(value)}")
-                with suppress(CommError):
-                    self._board.exchange((None, reason(value)), place, deadline, lambda: self._require(place))
-                return
-            said = self._board.exchange((dict(value), ""), place, deadline, lambda: self._require(place))
+        if isinstance(value, Exception):
+            with suppress(CommError):
+                self._exchange((None, reason(value)), place, deadline)
+        elif isinstance(value, BaseException):  # Ctrl-C does not wait
+            self.fail(f"Rank {self.rank} raised {reason(value)}")
+        else:
+            said = self._exchange((dict(value), ""), place, deadline)
             for rank, (_, why) in enumerate(said):
                 if why:
                     raise CommError(cannot(rank, what, why))
@@ -190,10 +198,6 @@ class ProcessTransport:
                 raise CommError(why)
             if needs is not None:
                 self._fit(needs)
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                self.fail(f"Rank {self.rank} raised {reason(error)}")
-            raise
 
     def await_agreement(self, what: str) -> None:
         pass  # agree() has waited
@@ -216,13 +220,14 @@ class ProcessTransport:
             heap_bytes=self._heap_bytes,
         )
         made.use(self._source.part(members, made._trade))
+        self._parts.add(made)
         return made
 
     # What ranks tell each other outside collectives ------------------------------------------------------------------
 
     def fail(self, why: str) -> None:
         with self.words.lock:
-            if self.words.closed:  # nobody waits for this rank any more, or it is another process's
+            if self._board.disowned:
                 return
             self._board.fail(why)
             for launch in list(self.words.launches):
@@ -237,11 +242,16 @@ class ProcessTransport:
         self._board.depart()
 
     def release(self, *, abort: bool) -> None:
-        if not abort and self._source.collective:
-            try:
-                self.exchange(None, CLOSE)
-            except CommError:
-                abort = True
+        if not abort:
+            self.target.synchronize()
+        if self._source.collective:  # what it gives back, its parts use
+            for part in list(self._parts):
+                part.depart()
+            if not abort:
+                try:
+                    self.exchange(None, CLOSE)  # after it no kernel runs on any rank
+                except CommError:
+                    abort = True
         if self._heaps is not None:
             self._heaps.release(abort=abort)
         self._source.close(abort=abort)
@@ -265,7 +275,7 @@ def join(bootstrap: Bootstrap, *, target: str | None, device: int | None, heap_b
     """Collective: make a group of the processes that a launcher has started.
 
     Args:
-        bootstrap: how they find each other; closed afterwards.
+        bootstrap: how they find each other; not needed afterwards.
         target: ``"host"`` or ``"cuda"``; ``None``: ``FLASHMOE_TARGET``, else whether there is a GPU.
         device: number of this rank's GPU; ``None``: the next one for each rank.
         heap_bytes: size of the symmetric heap, allocated now; ``None``: what the layers need, when they are made.
@@ -296,9 +306,7 @@ def join(bootstrap: Bootstrap, *, target: str | None, device: int | None, heap_b
     for peer, told in enumerate(bootstrap.gather(encode(str(failed or "")), "init()")):
         if decode(told):
             raise CommError(f"Rank {peer} cannot join: {decode(told)}")
-    bootstrap.close()
     assert memory is not None and place is not None
-    memory.settle()
     processes = [Process(*each["process"]) for each in facts]
     sharing = max(sum(core in each["cores"] for each in facts) for core in mine["cores"]) if place.device is None else 1
     transport = ProcessTransport(
@@ -336,7 +344,7 @@ class _Place:
         }
 
     def target(self, sharing: int) -> Target:
-        return HostTarget(sharing) if self.device is None else CudaTarget(None, 1, device=self.device)  # type: ignore[call-arg]
+        return HostTarget(sharing) if self.device is None else CudaTarget(device=self.device)
 
 
 def _uuid(device: int) -> str:
@@ -366,6 +374,6 @@ def _require_alike(facts: Sequence[Mapping[str, Any]]) -> None:
 def _source(transport: ProcessTransport, device: int | None, heap_bytes: int | None) -> HeapSource:
     if device is None:
         return HostHeapSource(transport.rank, transport.world_size, transport._trade)
-    from .nvshmem import NvshmemSource  # type: ignore[import-untyped]
+    from .nvshmem import NvshmemSource
 
-    return NvshmemSource.join(transport.rank, transport.world_size, device, transport._trade, heap_bytes)  # type: ignore[no-any-return]
+    return NvshmemSource.join(transport.rank, transport.world_size, device, transport._trade, heap_bytes)

@@ -10,8 +10,9 @@ import json
 import mmap
 import os
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,16 +111,15 @@ class SharedMemory:
     """
 
     def __init__(self, descriptor: int, nbytes: int, handle: tuple[int, int, str, int]) -> None:
-        self._descriptor: int | None = descriptor
-        self._owner = os.getpid()
-        self.handle = handle
         # The array holds the mapping, so that it goes with the last of whatever points into it.
         self.array = np.frombuffer(mmap.mmap(descriptor, _PAGE + nbytes), np.uint8)[_PAGE:]
         self.view = memoryview(self.array.data).cast("B")
+        self._descriptor, self.handle = descriptor, handle
+        weakref.finalize(self, os.close, descriptor)
 
     @classmethod
     def make(cls, nbytes: int) -> SharedMemory:
-        """Reserve memory; peers can open it until :meth:`settle`.
+        """Reserve memory; peers can open it as long as this object lives.
 
         Raises:
             CommError: there is not that much.
@@ -157,21 +157,21 @@ class SharedMemory:
         try:
             if os.fstat(descriptor).st_size != _PAGE + nbytes or os.pread(descriptor, _NONCE, 0).hex() != nonce:
                 raise CommError(f"The memory of process {pid} is that of another one. Are both in one container?")
-            memory = cls(descriptor, nbytes, (pid, number, nonce, nbytes))
-        except OSError as error:
+            return cls(descriptor, nbytes, (pid, number, nonce, nbytes))
+        except (CommError, OSError) as error:
             os.close(descriptor)
+            if isinstance(error, CommError):
+                raise
             raise CommError(f"The memory of process {pid} cannot be mapped: {error}.") from error
-        except CommError:
-            os.close(descriptor)
-            raise
-        memory.settle()
-        return memory
 
-    def settle(self) -> None:
-        """All have opened it."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process is. One that ends in there is no more inside. For one thread of a process at a time."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # also when an interrupt came between the lock and here
 
     def keep(self) -> None:
         """Let it stay mapped until the process ends."""

@@ -9,14 +9,24 @@ from .host import HostTarget
 from .target import Target
 
 
-def choose(name: str | None, default: str | None = None, max_blocks: int | None = None, ranks_here: int = 1) -> Target:
+def choose(
+    name: str | None,
+    default: str | None = None,
+    max_blocks: int | None = None,
+    sharing: int = 1,
+    *,
+    device: int | None = None,
+    reserve_multiprocessors: int = 0,
+) -> Target:
     """Make a target.
 
     Args:
         name: ``"host"``, ``"cuda"``, or ``None``: ``FLASHMOE_TARGET`` says it, else ``default``, else whether there is a GPU.
         default: where the communicator runs already; ``None``: nowhere yet.
         max_blocks: the most blocks of a launch on a GPU; ``None``: all that are resident.
-        ranks_here: ranks of the communicator in this process, which share what it runs on.
+        sharing: ranks of the communicator that share what it runs on.
+        device: number of the GPU; ``None``: the current one.
+        reserve_multiprocessors: multiprocessors of a GPU that launches leave to others.
 
     Raises:
         SpecError: an argument or ``FLASHMOE_TARGET`` is not valid.
@@ -26,9 +36,12 @@ def choose(name: str | None, default: str | None = None, max_blocks: int | None 
     if chosen is None:
         chosen = "cuda" if device_count() > 0 else "host"
     if chosen == "cuda":
-        return CudaTarget(max_blocks, ranks_here)
+        return CudaTarget(max_blocks, sharing, device=device, reserve_multiprocessors=reserve_multiprocessors)
     if chosen != "host":
         raise SpecError(f"target={name!r} is not valid. Must be 'host' or 'cuda'.")
-    if max_blocks is not None:
-        raise SpecError("max_blocks= is not valid for target='host'.")
-    return HostTarget(ranks_here)
+    for option, value in (("max_blocks", max_blocks), ("reserve_multiprocessors", reserve_multiprocessors or None)):
+        if value is not None:
+            raise SpecError(f"{option}= is not valid for target='host'.")
+    if device is not None:
+        raise SpecError(f"The communicator's rank is on GPU {device}. target='host' is not valid there.")
+    return HostTarget(sharing)

@@ -120,11 +120,13 @@ class _Thread(threading.local):
 
 
 class CudaTarget:
-    """The GPU that is the current one when this is made. Calls are asynchronous on the caller's stream.
+    """A GPU. Calls are asynchronous on the caller's stream.
 
     Args:
         max_blocks: the most blocks of one launch; default: as many as are resident at the same time.
-        ranks_here: ranks of the communicator in this process, which share the GPU evenly.
+        sharing: ranks of the communicator that share the GPU, evenly.
+        device: its number; default: the one that is current when this is made.
+        reserve_multiprocessors: multiprocessors that launches leave to other kernels.
 
     Raises:
         UnsupportedError: CuPy is missing, or no kernels exist for this GPU.
@@ -136,7 +138,14 @@ class CudaTarget:
     readable = False
     system_workers = 1  # the block of scheduler and subscriber
 
-    def __init__(self, max_blocks: int | None = None, ranks_here: int = 1) -> None:
+    def __init__(
+        self,
+        max_blocks: int | None = None,
+        sharing: int = 1,
+        *,
+        device: int | None = None,
+        reserve_multiprocessors: int = 0,
+    ) -> None:
         require_device()
         import cupy
 
@@ -145,17 +154,25 @@ class CudaTarget:
                 f"max_blocks={max_blocks} is not valid. Must be at least 2: one block is the operating system; "
                 f"and at most {_MOST_BLOCKS}."
             )
-        device = cupy.cuda.Device()
-        self.max_blocks, self.ranks_here = max_blocks, ranks_here
-        self.number = int(device.id)
+        count = int(cupy.cuda.runtime.getDeviceCount())
+        if device is not None and not 0 <= device < count:
+            raise SpecError(f"device={device} is not valid. This process sees {count} GPUs: 0 to {count - 1}.")
+        gpu = cupy.cuda.Device(device)
+        self.multiprocessors = int(gpu.attributes["MultiProcessorCount"])
+        if not (isinstance(reserve_multiprocessors, (int, np.integer)) and 0 <= reserve_multiprocessors < self.multiprocessors):
+            raise SpecError(
+                f"reserve_multiprocessors={reserve_multiprocessors} is not valid. Must be at least 0 and below the "
+                f"{self.multiprocessors} of the GPU."
+            )
+        self.max_blocks, self.sharing, self.reserve_multiprocessors = max_blocks, sharing, int(reserve_multiprocessors)
+        self.number = int(gpu.id)
         self.device = f"cuda:{self.number}"
         self._runtime, self._current_stream = cupy.cuda.runtime, cupy.cuda.get_current_stream
         self._thread = _Thread()
         self._maps = TensorMaps()
         self._kept: deque[tuple[Any, tuple[Any, ...]]] = deque()  # events, and what must live until they are past
         self._captured: list[tuple[Any, ...]] = []
-        self.multiprocessors = int(device.attributes["MultiProcessorCount"])
-        self.arch = _arch_of(device.compute_capability)
+        self.arch = _arch_of(gpu.compute_capability)
 
     def current(self) -> AbstractContextManager[object]:
         import cupy
@@ -180,7 +197,7 @@ class CudaTarget:
             shape.threads,
             shape.shared_bytes,
             cluster=shape.cluster,
-            cooperative=shape.waiting and self.ranks_here == 1,
+            cooperative=shape.waiting and self.sharing == 1,
         )
         return CudaKernel(compiled, function, shape, config, resident)
 
@@ -210,23 +227,27 @@ class CudaTarget:
         _ = self._narrow
 
     def reaches(self, other: Target) -> str:
-        if (self.name, self.device) == (other.name, other.device):
-            return ""
-        return f"The communicator's layers run on {other.device}; this one would run on {self.device}."
+        if not isinstance(other, CudaTarget):
+            return f"The communicator's layers run on {other.device}; this one would run on {self.device}."
+        return "" if self.number == other.number else _peer_access(self.number, other.number)
+
+    def _room(self, resident: int) -> int:
+        """Of so many resident blocks, those that one rank may have."""
+        return resident * (self.multiprocessors - self.reserve_multiprocessors) // self.multiprocessors // self.sharing
 
     def processors(self, kernel: Any) -> int:
         # Every block must be resident: they wait for each other.
-        cluster, most = kernel.shape.cluster, kernel.max_workers // self.ranks_here
+        cluster, most = kernel.shape.cluster, self._room(kernel.max_workers)
         blocks = most if self.max_blocks is None else self.max_blocks
         if not 2 * cluster <= blocks <= most:
             raise SpecError(
-                f"max_blocks={blocks} is not valid. {self.ranks_here} ranks on {self.device} can have at most "
-                f"{most} resident blocks each, and need {2 * cluster}."
+                f"max_blocks={blocks} is not valid. {self.sharing} ranks on {self.device} can have at most "
+                f"{most} resident blocks each with reserve_multiprocessors={self.reserve_multiprocessors}, and need {2 * cluster}."
             )
         return int(blocks // cluster - 1)
 
-    def expected(self, shape: LaunchShape, ranks_here: int) -> tuple[int, int]:
-        blocks = max(2, shape.min_blocks * self.multiprocessors // ranks_here)
+    def expected(self, shape: LaunchShape, sharing: int) -> tuple[int, int]:
+        blocks = max(2, shape.min_blocks * (self.multiprocessors - self.reserve_multiprocessors) // sharing)
         return max(1, blocks // shape.cluster - 1), blocks
 
     def workers(self, kernel: Any, processors: int) -> int:
@@ -351,6 +372,25 @@ class CudaTarget:
 
         with self.current():
             cupy.cuda.runtime.deviceSynchronize()
+
+
+def _peer_access(device: int, peer: int) -> str:
+    """Let kernels of a GPU use the memory of another one of this process; ``""``, or why they cannot."""
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    if not runtime.deviceCanAccessPeer(device, peer):
+        return f"GPU {device} cannot access the memory of GPU {peer}: see `nvidia-smi topo -p2p rw`."
+    pool = getattr(cupy.cuda.get_allocator(), "__self__", None)
+    if isinstance(pool, cupy.cuda.MemoryAsyncPool):
+        return "CuPy allocates from a MemoryAsyncPool, whose memory other GPUs cannot use. Use CuPy's default allocator."
+    with cupy.cuda.Device(device):
+        try:
+            runtime.deviceEnablePeerAccess(peer)
+        except runtime.CUDARuntimeError as error:
+            if "PeerAccessAlreadyEnabled" not in str(error):
+                return f"GPU {device} cannot access the memory of GPU {peer}: {error}"
+    return ""
 
 
 def _arch_of(capability: str) -> str:

@@ -124,7 +124,7 @@ class HostTarget:
     """The CPU: kernels are shared libraries, a rank is a set of threads, launches return when the kernel has ended.
 
     Args:
-        ranks_here: ranks of the communicator in this process, which share the cores evenly.
+        sharing: ranks of the communicator that share the cores, evenly.
     """
 
     name: Literal["host", "cuda"] = "host"
@@ -134,8 +134,8 @@ class HostTarget:
     readable = True
     system_workers = 2  # the scheduler and the subscriber
 
-    def __init__(self, ranks_here: int = 1) -> None:
-        self.ranks_here = ranks_here
+    def __init__(self, sharing: int = 1) -> None:
+        self.sharing = sharing
 
     def current(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -147,10 +147,10 @@ class HostTarget:
         _launcher()
 
     def processors(self, kernel: Any) -> int:
-        return _cores(self.ranks_here)
+        return _cores(self.sharing)
 
-    def expected(self, shape: LaunchShape, ranks_here: int) -> tuple[int, int]:
-        processors = _cores(ranks_here)
+    def expected(self, shape: LaunchShape, sharing: int) -> tuple[int, int]:
+        processors = _cores(sharing)
         return processors, processors + self.system_workers
 
     def workers(self, kernel: Any, processors: int) -> int:

@@ -114,7 +114,7 @@ class Target(Protocol):
         synchronous: whether a launch has ended when it returns.
         readable: whether this process can read the arrays of a call, and so check them in advance.
         system_workers: workers of a MoE launch that run its operating system alone.
-        ranks_here: ranks of the communicator in this process, which share what the target is.
+        sharing: ranks of the communicator that share what the target is.
     """
 
     name: Literal["host", "cuda"]
@@ -123,7 +123,7 @@ class Target(Protocol):
     synchronous: bool
     readable: bool
     system_workers: int
-    ranks_here: int
+    sharing: int
 
     def current(self) -> AbstractContextManager[object]:
         """Inside, its device is what other libraries, and new targets, take for the current one."""
@@ -137,7 +137,7 @@ class Target(Protocol):
     def processors(self, kernel: Kernel) -> int:
         """Processors of one rank's MoE launch: threads (host), clusters of blocks (GPU)."""
 
-    def expected(self, shape: LaunchShape, ranks_here: int) -> tuple[int, int]:
+    def expected(self, shape: LaunchShape, sharing: int) -> tuple[int, int]:
         """Processors and workers of a MoE launch of a kernel that is not loaded yet, one of so many ranks of this process."""
 
     def workers(self, kernel: Kernel, processors: int) -> int:

@@ -13,7 +13,7 @@ from ..errors import SpecError, UnsupportedError
 from ..plan import KernelPlan
 from ..spec import MoESpec
 from ..structs import Struct
-from ..tile import Combine, TileConfig
+from ..tile import TileConfig
 
 # The PTX library: a text holds what it names of it. `types` is what the wrappers and every GPU part are written with.
 PTX = (
@@ -31,8 +31,8 @@ PTX = (
 PROTOCOL = tuple(
     f"protocol/{part}.cuh"
     for part in (
-        "queue", "call", "trace", "delay", "send", "scan", "planner", "dispatch", "subscriber", "rows", "counts", "scheduler", "processor",
-        "slot", "combine", "leave", "kernel",
+        "queue", "call", "trace", "delay", "send", "scan", "planner", "dispatch", "subscriber", "rows", "counts", "scheduler",
+        "processor", "slot", "combine", "leave", "kernel",
     )
 )  # fmt: skip
 
@@ -73,7 +73,6 @@ class BlockProgram(abc.ABC):
         dtypes: element types it has.
         parts: its template parts, in the order in which one needs the other.
         templates: a folder of its own that is searched for parts before the package's; ``None``: it has none.
-        default_combine: how rows of several ranks come back when neither the spec nor the schedule says it.
     """
 
     name: ClassVar[str]
@@ -81,7 +80,6 @@ class BlockProgram(abc.ABC):
     dtypes: ClassVar[tuple[str, ...]]
     parts: ClassVar[tuple[str, ...]]
     templates: ClassVar[Path | None] = None
-    default_combine: ClassVar[Combine] = "rank"
 
     def runs(self, spec: MoESpec, arch: Arch) -> bool:
         """Whether there is a kernel of this program for a spec on an architecture, with some tile."""

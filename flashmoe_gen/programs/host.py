@@ -20,7 +20,6 @@ class HostProgram(BlockProgram):
     name = "host"
     archs = ("host",)
     dtypes = tuple(DTYPES)
-    default_combine = "route"  # bits that do not depend on the number of ranks
     parts = (
         "host/runtime.h", "host/platform.h", "common/constants.cuh", "host/element.h", "common/element.cuh",
         "common/rows.cuh", "common/args.cuh", "common/bias.cuh", "common/activation.cuh",

@@ -242,7 +242,7 @@ def test_a_rank_that_never_calls_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_reset_that_not_all_ranks_join_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHMOE_TIMEOUT_S", "0.2")
     first, second = fmg.comm.local_group(2)
-    with pytest.raises(fmg.CommError, match="not all 2 ranks came"):
+    with pytest.raises(fmg.CommError, match=r"reset\(\): rank 1 did not come"):
         first.reset()
     monkeypatch.setenv("FLASHMOE_TIMEOUT_S", "20")
     on_ranks(2, lambda rank: (first, second)[rank].barrier())

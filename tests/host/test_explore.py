@@ -80,3 +80,12 @@ def test_a_planted_bug_is_caught(name: str) -> None:
     crashed = run.returncode < 0
     noticed = run.returncode == 0 and run.stdout.startswith("seed")
     assert crashed or noticed, f"{name}: exit {run.returncode}, {run.stdout!r}, {run.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("combine", ["route", "rank"])
+def test_64_ranks(combine: str) -> None:
+    counts = np.random.default_rng(0).integers(0, 9, (64, 2)).tolist()
+    scenario = Scenario(64, combine=combine, counts=counts, experts=70, processors=1, pool=40 if combine == "rank" else None)
+    for seed in (0, 2, 3):  # priorities need very many steps for so many threads that wait
+        scenario.run(seed)
+        assert scenario.wrong() is None, f"seed {seed}: {scenario.wrong()}"

@@ -1,11 +1,12 @@
 """Start real processes that form a group, without a launcher: they find each other through files.
 
-A rank runs a function of a test's own module, which gets a communicator; what it returns comes back as JSON.
+A rank runs functions of a test's own module, one after the other; what they return comes back as JSON.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -22,7 +23,7 @@ from flashmoe_gen.comm import processes  # noqa: E402
 
 
 class FileBootstrap:
-    """See :class:`flashmoe_gen.comm.processes.Bootstrap`."""
+    """See :class:`flashmoe_gen.comm.bootstrap.Bootstrap`."""
 
     method = "env"
 
@@ -33,14 +34,14 @@ class FileBootstrap:
     def gather(self, value: bytes, what: str) -> list[bytes]:
         self._gathers += 1
         paths = [self._folder / f"{self._gathers}.{rank}" for rank in range(self.world_size)]
-        mine = paths[self.rank]
-        mine.with_suffix(".new").write_bytes(value)
-        mine.with_suffix(".new").rename(mine.with_name(mine.name + ".here"))
+        new = self._folder / f"{self._gathers}.{self.rank}.new"
+        new.write_bytes(value)
+        new.rename(paths[self.rank])
         end = time.monotonic() + 60
-        while not all(path.with_name(path.name + ".here").exists() for path in paths):
+        while not all(path.exists() for path in paths):
             assert time.monotonic() < end, f"{what}: not all came"
             time.sleep(0.005)
-        return [path.with_name(path.name + ".here").read_bytes() for path in paths]
+        return [path.read_bytes() for path in paths]
 
     def close(self) -> None:
         pass
@@ -52,9 +53,9 @@ class Group:
     Args:
         folder: for the files through which they find each other.
         module: of the test: ``__name__``.
-        work: name of its function that the ranks run.
+        work: names of its functions that the ranks run, between blanks.
         world_size: number of ranks.
-        args: for the function, after the communicator.
+        args: for the functions.
         each: environment variables of each rank; ``None``: nothing beside those of all.
         variables: environment variables of all ranks.
     """
@@ -90,15 +91,17 @@ class Group:
             for rank in range(world_size)
         ]
 
-    def results(self, *, without: tuple[int, ...] = (), timeout: float = 60) -> list[Any]:
-        """What each rank returned, after waiting for all; ``None`` for those that were killed."""
+    def results(self, *, without: tuple[int, ...] = (), timeout: float = 100) -> list[Any]:
+        """What each rank returned, for several functions a dict by name, after waiting for all; ``None`` for ranks that were
+        killed."""
         found: list[Any] = []
         try:
             for rank, process in enumerate(self.ranks):
                 out, err = process.communicate(timeout=timeout)
                 if rank not in without:
                     assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{out}\n{err}"
-                found.append(None if rank in without else json.loads(out))
+                results = {} if rank in without else json.loads(out.splitlines()[-1])
+                found.append(None if not results else results if len(results) > 1 else next(iter(results.values())))
         finally:
             for process in self.ranks:
                 process.kill()
@@ -127,16 +130,27 @@ def error_of(work: Any) -> str:
     return ""
 
 
+_joined = itertools.count()
+
+
 def join(heap_bytes: int | None = None) -> fmg.comm.Communicator:
-    """In a rank: the communicator of all."""
-    bootstrap = FileBootstrap(Path(sys.argv[3]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    """In a rank: a communicator of all."""
+    folder = Path(sys.argv[3]) / str(next(_joined))
+    folder.mkdir(exist_ok=True)
+    bootstrap = FileBootstrap(folder, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     return fmg.comm.Communicator(processes.join(bootstrap, target=None, device=None, heap_bytes=heap_bytes))
 
 
 def main() -> None:
     _, module, work, _, args = sys.argv
     sys.modules["group"] = sys.modules["__main__"]
-    print(json.dumps(getattr(importlib.import_module(module), work)(*json.loads(args))))
+    functions = importlib.import_module(module)
+    results = {}
+    for name in work.split():
+        start = time.monotonic()
+        results[name] = getattr(functions, name)(*json.loads(args))
+        print(f"{name}: {time.monotonic() - start:.1f} s", file=sys.stderr)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

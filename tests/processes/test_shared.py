@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 import subprocess
 import sys
 import time
@@ -23,22 +25,35 @@ COUNTS = (64, 0, 17)
 MIB = 1 << 20
 
 
-def calls(world_size: int) -> list[str]:
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two ranks returned of the functions below."""
+    return Group(tmp_path_factory.mktemp("shared"), __name__, "calls growing filled too_large", 2).results()
+
+
+def calls() -> list[str]:
     with join() as comm, layer_of(comm) as layer:
         return [call(layer, count=COUNTS[(n + comm.rank) % 3]) for n in range(12)]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_calls_have_the_bits_of_a_local_group(tmp_path: Path, world_size: int) -> None:
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What three ranks returned."""
+    return Group(tmp_path_factory.mktemp("three"), __name__, "calls facts impatient", 3).results()
+
+
+@pytest.mark.parametrize("ranks", ["told", "three"])
+def test_calls_have_the_bits_of_a_local_group(request: pytest.FixtureRequest, ranks: str) -> None:
+    results = request.getfixturevalue(ranks)
+    world_size = len(results)
     spec = SPEC.replace(world_size=world_size)
-    group = Group(tmp_path, __name__, "calls", world_size, world_size)
     world, problem = World(spec), Problem(spec)
     want = [
         world.run(problem, [inputs_of(spec, rank, COUNTS[(n + rank) % 3]) for rank in range(world_size)])
         for n in range(3)
     ]
-    for rank, got in enumerate(group.results()):
-        assert got == [digest(want[n % 3][rank]) for n in range(12)]
+    for rank, got in enumerate(results):
+        assert got["calls"] == [digest(want[n % 3][rank]) for n in range(12)]
 
 
 def facts() -> dict[str, Any]:
@@ -55,10 +70,9 @@ def facts() -> dict[str, Any]:
     return found
 
 
-def test_what_a_rank_knows_and_exchanges(tmp_path: Path) -> None:
-    cores = len(os.sched_getaffinity(0))
-    for rank, found in enumerate(Group(tmp_path, __name__, "facts", 3).results()):
-        assert found == {
+def test_what_a_rank_knows_and_exchanges(three: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(three):
+        assert found["facts"] == {
             "rank": rank,
             "world_size": 3,
             "local_rank": rank,
@@ -69,7 +83,36 @@ def test_what_a_rank_knows_and_exchanges(tmp_path: Path) -> None:
             "lengths": [0, 100_000, 200_000],
             "closed": "CommError: The communicator is closed.",
         }
-    assert cores > 0
+
+
+def impatient() -> list[Any]:
+    """Exchanges with deadlines so short that many ranks leave, and come again, at every moment of them."""
+    comm, draw = join(), random.Random(os.getpid())
+    board = comm._transport._board  # type: ignore[attr-defined]
+    left = done = 0
+    seen = hashlib.sha256()
+    end = time.monotonic() + 2
+    while True:
+        going = time.monotonic() < end
+        try:
+            limit = draw.choice((1e-6, 1e-4, 1e-3, 5e-3))
+            told = board.exchange((done, left, going), "impatient()", limit, lambda: None)
+        except fmg.CommError as error:
+            assert "did not come within" in str(error)
+            left += 1
+            continue
+        seen.update(repr(told).encode())
+        assert [number for number, _, _ in told] == 3 * [done]
+        done += 1
+        if not any(going for _, _, going in told):
+            return [done, left, seen.hexdigest()]
+        time.sleep(draw.choice((0, 0, 1e-3)))
+
+
+def test_ranks_that_leave_an_exchange_were_not_in_it(three: list[dict[str, Any]]) -> None:
+    """All see the same: nobody has seen what a rank brought before it left."""
+    assert len({(done, seen) for done, _, seen in (rank["impatient"] for rank in three)}) == 1
+    assert all(done > 20 and left > 20 for done, left, _ in (rank["impatient"] for rank in three))
 
 
 def growing() -> list[Any]:
@@ -84,8 +127,8 @@ def growing() -> list[Any]:
     return [*results, call(small), error]
 
 
-def test_the_heap_grows_until_the_first_call(tmp_path: Path) -> None:
-    for first, second, third, fourth, error in Group(tmp_path, __name__, "growing", 2).results():
+def test_the_heap_grows_until_the_first_call(told: list[dict[str, Any]]) -> None:
+    for first, second, third, fourth, error in (rank["growing"] for rank in told):
         assert first == second == third == fourth
         assert "max_tokens=300 (there is room for 100)" in error and "comm.reserve(*specs)" in error
 
@@ -100,8 +143,8 @@ def filled() -> list[Any]:
     return [error_of(lambda: fmg.MoELayer(SPEC.replace(world_size=2, max_tokens=50_000), comm=comm)), call(layers[0])]
 
 
-def test_a_heap_of_a_given_size_is_there_from_the_start(tmp_path: Path) -> None:
-    for error, _ in Group(tmp_path, __name__, "filled", 2).results():
+def test_a_heap_of_a_given_size_is_there_from_the_start(told: list[dict[str, Any]]) -> None:
+    for error, _ in (rank["filled"] for rank in told):
         assert "max_tokens=50000 (there is room for" in error
 
 
@@ -109,8 +152,8 @@ def too_large() -> str:
     return error_of(lambda: join(heap_bytes=1 << 50))
 
 
-def test_memory_that_is_not_there_is_an_error_on_all_ranks(tmp_path: Path) -> None:
-    for error in Group(tmp_path, __name__, "too_large", 2).results():
+def test_memory_that_is_not_there_is_an_error_on_all_ranks(told: list[dict[str, Any]]) -> None:
+    for error in (rank["too_large"] for rank in told):
         assert error.startswith(f"CommError: This machine has no {2 << 50} bytes of memory left to share")
 
 
@@ -133,9 +176,10 @@ memory.array[3] = 4
         SharedMemory.open((pid, number, nonce[::-1], nbytes))
     with pytest.raises(OSError):
         os.ftruncate(number, 1)
-    memory.settle()
+    handle = memory.handle
+    del memory
     with pytest.raises(fmg.CommError, match="cannot be opened"):
-        SharedMemory.open(memory.handle)
+        SharedMemory.open(handle)
 
 
 def test_memory_goes_with_the_last_that_points_into_it() -> None:
@@ -144,7 +188,6 @@ def test_memory_goes_with_the_last_that_points_into_it() -> None:
 
     memory = SharedMemory.make(4 * MIB)
     part = memory.array[MIB:]
-    memory.settle()
     del memory
     assert mapped()
     part[:] = 1
@@ -162,7 +205,8 @@ def test_memory_is_reserved_and_not_only_promised(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     "value",
-    [None, 3, -(2**80), "é\n", 0.1, float("inf"), True, b"\x00\xff", (1, ("a", None)), [1, (2,)], {"a": {1: (b"x",)}, (1, 2): []}, ()],
+    [None, 3, -(2**80), "é\n", 0.1, float("inf"), True, b"\x00\xff", (), (1, ("a", None)), [1, (2,)],
+     {"a": {1: (b"x",)}, (1, 2): []}],
 )  # fmt: skip
 def test_values_arrive_as_they_were(value: Any) -> None:
     back = shared.decode(shared.encode(value))

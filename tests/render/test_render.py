@@ -138,7 +138,7 @@ def test_a_text_holds_the_wrappers_it_names_and_no_other() -> None:
 def test_every_template_is_used() -> None:
     used = {part for arch in ARCHS for part in programs.router_program(arch).parts}
     used |= {part for name in programs.names() for part in programs.get(name).parts}
-    used |= {"host/launcher.cpp", "host/explorer.cpp", "gpu/narrow_ids.cu"}
+    used |= {"host/launcher.cpp", "host/explorer.cpp", "gpu/narrow_ids.cu", "gpu/count_ids.cu"}
     there = {str(path.relative_to(template_dir())) for path in template_dir().rglob("*") if path.is_file()}
     assert used == there
 

@@ -324,3 +324,13 @@ def test_bench_keeps_the_models_that_are_done(run: Runner, tmp_path: Path, monke
     assert (written["commit"], written["host_us_per_call"], written["ceilings"]["device"]) == ("abc", 41.0, "a GPU")
     assert "qwen3-30b-a3b" in run(line.replace("-m mixtral-8x7b ", ""))[0]
     assert "Must be one of 'host', 'wgmma', 'mma'" in run(f"{line} --program simt", 2)[1]
+
+
+def test_info_plans_the_memory_of_layers(run: Runner) -> None:
+    options = "info --model qwen3-30b-a3b --set max_tokens=8192 --set world_size=2"
+    layers = run.json(options)["layers"]
+    assert layers["arch"] == "sm_90a"
+    assert 8192 * 9 * 4096 < layers["heap"] < 8e8 and 0 < layers["layer"] < 65536 < layers["scratch"] < 1e8
+    text = run(options)[0]
+    assert "heap of all layers" in text and "scratch of all layers" in text and "each layer" in text
+    assert "layers" not in run.json("info")

@@ -45,6 +45,8 @@ BAD = {
         "1_0s",
         "0x10",
     ],
+    "FLASHMOE_INIT_TIMEOUT_S": ["soon", "-1", "nan", "1e10"],
+    "FLASHMOE_SECRET": [],  # wrong ones are not shown: test_secret
     "FLASHMOE_TARGET": ["gpu", "hosts"],
     "FLASHMOE_NO_JIT": ["2", "maybe"],
     "FLASHMOE_KEEP_SOURCE": ["~no-such-user"],
@@ -74,6 +76,17 @@ def test_empty_is_not_set(name: str, value: str | None, monkeypatch: Patch) -> N
 def test_every_variable_is_read(tmp_path: Path) -> None:
     text = (Path(env.__file__)).read_text()
     assert set(BAD) == set(env.VARIABLES) and all(text.count(f'"{name}"') >= 2 for name in env.VARIABLES)
+
+
+def test_secret(monkeypatch: Patch) -> None:
+    """Is never shown, whether it is right or wrong."""
+    monkeypatch.setenv("FLASHMOE_SECRET", "hunter2")
+    with pytest.raises(SpecError, match=r"FLASHMOE_SECRET has 7 characters. Must have 16 or more") as caught:
+        env.validate()
+    assert "hunter2" not in str(caught.value)
+    monkeypatch.setenv("FLASHMOE_SECRET", "hunter2" * 3)
+    secret = env.secret()
+    assert secret == b"hunter2" * 3 and f"{secret} {secret!r}" == "(set) (set)"
 
 
 def test_timeouts_fit_nanoseconds(monkeypatch: Patch) -> None:

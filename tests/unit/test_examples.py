@@ -24,6 +24,11 @@ def test_host_layer() -> None:
     assert "rank 0: 100 tokens" in output and "rank 1: 3 tokens" in output
 
 
+def test_expert_parallel() -> None:
+    """As one process; tests/processes runs it under launchers."""
+    assert run("expert_parallel.py").startswith("1 rank(s) on ")
+
+
 @pytest.mark.parametrize("name", ["gpu_layer", "torch_layer"])
 def test_the_readme_shows_the_example(name: str) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)

@@ -68,20 +68,24 @@ def test_the_target_is_what_was_named_else_the_environments_else_the_communicato
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = sys.modules["flashmoe_gen.launch.choose"]
-    monkeypatch.setattr(module, "CudaTarget", lambda max_blocks, ranks_here: ("cuda", max_blocks, ranks_here))
+    monkeypatch.setattr(module, "CudaTarget", lambda *options, **more: ("cuda", *options, *more.values()))
     monkeypatch.setattr(module, "device_count", lambda: 1)
     monkeypatch.delenv("FLASHMOE_TARGET", raising=False)
-    assert choose(None) == choose("cuda") == ("cuda", None, 1)
-    assert choose("cuda", "host", 8, 2) == ("cuda", 8, 2)
+    assert choose(None) == choose("cuda") == ("cuda", None, 1, None, 0)
+    assert choose("cuda", "host", 8, 2, device=1, reserve_multiprocessors=4) == ("cuda", 8, 2, 1, 4)
     assert choose(None, "host").name == "host"
     monkeypatch.setenv("FLASHMOE_TARGET", "host")
     assert choose(None, "cuda").name == "host"
-    assert choose("cuda") == ("cuda", None, 1)
+    assert choose("cuda") == ("cuda", None, 1, None, 0)
     monkeypatch.delenv("FLASHMOE_TARGET")
     monkeypatch.setattr(module, "device_count", lambda: 0)
     assert choose(None).name == "host"
     with pytest.raises(fmg.SpecError, match="max_blocks= is not valid for target='host'"):
         choose("host", max_blocks=4)
+    with pytest.raises(fmg.SpecError, match="reserve_multiprocessors= is not valid for target='host'"):
+        choose("host", reserve_multiprocessors=4)
+    with pytest.raises(fmg.SpecError, match=r"is on GPU 1\. target='host' is not valid there"):
+        choose("host", device=1)
     with pytest.raises(fmg.SpecError, match=r"target='gpu' is not valid\. Must be 'host' or 'cuda'"):
         choose("gpu")
 
@@ -139,11 +143,11 @@ def test_ranks_of_one_process_share_the_cores(monkeypatch: pytest.MonkeyPatch) -
     assert HostTarget().expected(LaunchShape(0, 0), 4) == (2, 4)
 
 
-def gpu(number: int = 0, ranks_here: int = 1, max_blocks: int | None = None) -> CudaTarget:
+def gpu(number: int = 0, sharing: int = 1, max_blocks: int | None = None, reserved: int = 0) -> CudaTarget:
     """A target of a GPU that is not there, with 132 multiprocessors."""
     target = object.__new__(CudaTarget)
     target.number, target.device, target.multiprocessors = number, f"cuda:{number}", 132
-    target.ranks_here, target.max_blocks = ranks_here, max_blocks
+    target.sharing, target.max_blocks, target.reserve_multiprocessors = sharing, max_blocks, reserved
     return target
 
 
@@ -151,17 +155,60 @@ def gpu(number: int = 0, ranks_here: int = 1, max_blocks: int | None = None) -> 
 def test_ranks_of_one_process_share_the_blocks_of_a_gpu(ranks: int, processors: int) -> None:
     shape = LaunchShape(384, 0, cluster=2)
     kernel = SimpleNamespace(shape=shape, max_workers=132)
-    assert gpu(ranks_here=ranks).processors(kernel) == processors == gpu().expected(shape, ranks)[0]
+    assert gpu(sharing=ranks).processors(kernel) == processors == gpu().expected(shape, ranks)[0]
     assert gpu().workers(kernel, processors) == 2 * processors + 2
     match = rf"max_blocks=140 is not valid\. {ranks} ranks on cuda:0 can have at most {132 // ranks} resident"
     with pytest.raises(fmg.SpecError, match=match):
-        gpu(ranks_here=ranks, max_blocks=140).processors(kernel)
+        gpu(sharing=ranks, max_blocks=140).processors(kernel)
+    assert gpu(sharing=ranks, reserved=33).processors(kernel) == 99 // ranks // 2 - 1
+    with pytest.raises(fmg.SpecError, match="with reserve_multiprocessors=131, and need 4"):
+        gpu(sharing=ranks, reserved=131).processors(kernel)
 
 
 def test_targets_say_whose_memory_they_reach() -> None:
-    assert HostTarget().reaches(HostTarget(2)) == gpu().reaches(gpu(ranks_here=2)) == ""
+    assert HostTarget().reaches(HostTarget(2)) == gpu().reaches(gpu(sharing=2)) == ""
     assert "layers run on cuda:0; this one would run on cpu" in HostTarget().reaches(gpu())
-    assert "layers run on cuda:0; this one would run on cuda:1" in gpu(1).reaches(gpu())
+    assert "layers run on cpu; this one would run on cuda:1" in gpu(1).reaches(HostTarget())
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_gpus_of_one_process_use_each_others_memory(monkeypatch: pytest.MonkeyPatch, can: bool) -> None:
+    enabled = []
+
+    class RefusedError(Exception):
+        pass
+
+    def enable(peer: int) -> None:
+        if (device.current, peer) in enabled:
+            raise RefusedError("cudaErrorPeerAccessAlreadyEnabled: peer access is already enabled")
+        enabled.append((device.current, peer))
+
+    class device:  # noqa: N801
+        current = 0
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def __enter__(self) -> None:
+            self.before, device.current = device.current, self.number
+
+        def __exit__(self, *_: object) -> None:
+            device.current = self.before
+
+    class AsyncPool:
+        def malloc(self) -> None:
+            pass
+
+    runtime = SimpleNamespace(deviceCanAccessPeer=lambda a, b: can, deviceEnablePeerAccess=enable, CUDARuntimeError=RefusedError)
+    cuda = SimpleNamespace(runtime=runtime, Device=device, MemoryAsyncPool=AsyncPool, get_allocator=lambda: print)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    if not can:
+        assert "GPU 1 cannot access the memory of GPU 0" in gpu(1).reaches(gpu())
+        return
+    assert gpu(1).reaches(gpu()) == gpu().reaches(gpu(1)) == gpu(1).reaches(gpu()) == ""
+    assert enabled == [(1, 0), (0, 1)]
+    cuda.get_allocator = lambda: AsyncPool().malloc
+    assert "MemoryAsyncPool" in gpu(1).reaches(gpu())
 
 
 class FakeCuda:
@@ -225,7 +272,7 @@ def test_everything_happens_on_the_gpu_of_the_target(
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr("flashmoe_gen.packages.import_cupy", lambda: fake)
     fake.current = 1
-    target = CudaTarget(ranks_here=ranks)
+    target = CudaTarget(sharing=ranks)
     fake.current = 0
     fake.seen.clear()
     compiled: Any = SimpleNamespace(path="p", name="k", registers=32)

@@ -112,17 +112,24 @@ def test_nvshmem_of_the_cupy_that_is_here(monkeypatch: Patch) -> None:
 
 
 @pytest.mark.parametrize(
-    "here,words",
+    "here,usable,words",
     [
-        ({}, "NVSHMEM is not installed"),
-        (packages.NVSHMEM_PAIRS["ep-cu12"], "nvidia-nvshmem-cu12 3.4.5, a tested pair, is installed"),
-        ({"nvidia-nvshmem-cu13": "3.8.0"}, "nvidia-nvshmem-cu13 3.8.0 was not tested"),
+        ({}, False, "NVSHMEM is not installed"),
+        (packages.NVSHMEM_PAIRS["ep-cu12"], True, "nvidia-nvshmem-cu12 3.4.5"),
+        ({"nvidia-nvshmem-cu13": "3.8.0"}, False, "nvidia-nvshmem-cu13 3.8.0 was not tested"),
     ],
 )
-def test_info_tells_the_state_of_nvshmem(here: dict[str, str], words: str, monkeypatch: Patch) -> None:
+def test_info_tells_the_state_of_nvshmem(here: dict[str, str], usable: bool, words: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr(packages, "version", here.get)
-    state = info.collect()["usable"]["ranks in several processes"]
-    assert state["usable"] is False and "does not run them yet" in state["detail"] and words in state["detail"]
+    state = info.collect()["usable"]["ranks that are processes, on GPUs"]
+    assert state["usable"] is usable and words in state["detail"]
+
+
+def test_info_tells_what_starts_processes(monkeypatch: Patch) -> None:
+    for here, words in ({}, "mpi4py is not installed"), ({"mpi4py": "4.1.2"}, "mpirun with mpi4py 4.1.2"):
+        monkeypatch.setattr(packages, "version", here.get)
+        state = info.collect()["usable"]["ranks that are processes, on the host"]
+        assert state["usable"] and words in state["detail"]
 
 
 def test_cupy_that_is_not_installed(monkeypatch: Patch) -> None:
