@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 from .. import env
@@ -36,6 +37,7 @@ _SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
 _PLAIN = ("RANK", "WORLD_SIZE")
 _MASTER = ("MASTER_ADDR", "MASTER_PORT")
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # from here on: steps that SLURM makes itself, as for the shell of an allocation
+_READ_S = 5.0  # what a rank has to read what all others have said
 _SLURM_PORTS = range(15000, 32000)  # below those that systems give to clients
 
 
@@ -98,9 +100,10 @@ def launched(method: str, environ: Environment) -> Launch:
     """Which launcher started this process, from what it left in the environment.
 
     ``"auto"`` takes the first of these, for an inner launcher hides the one that started it: a torch.distributed that is
-    initialised; torchrun; mpirun; srun; and RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, all four. What ``mpirun`` or ``srun``
-    say of one process gives way to those four, so that a program may start ranks in a shell on a cluster; of several processes it
-    must agree with them. A rank without a world, or a world without a rank, is left over from something else and does not count.
+    initialised; torchrun; mpirun; srun; RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, all four; and prterun, or what else gives
+    PMIx's variables, which have no size, so that MPI is asked. What ``mpirun`` or ``srun`` say of one process gives way to those
+    four, so that a program may start ranks in a shell on a cluster; of several processes it must agree with them. A rank without a
+    world, or a world without a rank, is left over from something else and does not count.
     """
     if method == "single":
         return Launch("single", 0, 1, "a single process, as asked")
@@ -142,6 +145,8 @@ def _automatic(environ: Environment) -> Launch:
                 )
     if outer is not None:
         return outer
+    if _pmix(environ):
+        return _of_mpi()
     stray = _stray(environ)
     return Launch("single", 0, 1, f"a single process ({stray or 'no launcher has left its variables'})")
 
@@ -199,6 +204,12 @@ def _srun(environ: Environment) -> Launch | None:
     return _launch("slurm", "srun", environ, _SRUN)
 
 
+def _pmix(environ: Environment) -> str:
+    """The rank that a launcher of PMIx gave; ``""``: none. SLURM's own says how many there are in other variables."""
+    job = environ.get("PMIX_NAMESPACE", "")
+    return environ.get("PMIX_RANK", "") if job and not job.startswith("slurm.") else ""
+
+
 def _stray(environ: Environment) -> str:
     """What looks like a launcher and is none."""
     for rank, world_size in (_PLAIN, *_MPIRUN):
@@ -214,6 +225,7 @@ def _stray(environ: Environment) -> str:
 
 
 def _mpi() -> Any:
+    """MPI, initialised. That waits for every process of the job, without a deadline: MPI has none for it."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: it found no library of an MPI
@@ -239,6 +251,11 @@ def _of_mpi() -> Launch:
         raise CommError(
             f"{launchers[0].how}, but MPI's library, {library}, says rank {rank} of {world_size}: it is not the MPI of this "
             "launcher. Start with the mpirun of that library, or install mpi4py for the MPI of this mpirun."
+        )
+    if not launchers and _pmix(os.environ) not in ("", str(rank)):
+        raise CommError(
+            f"The launcher says rank {_pmix(os.environ)} (PMIX_RANK), but MPI's library, {library}, says rank {rank} of "
+            f"{world_size}: it does not know PMIx. Start with the mpirun of that library."
         )
     return Launch("mpi", rank, world_size, f"MPI ({library}) says rank {rank} of {world_size}")
 
@@ -323,7 +340,7 @@ class TorchBootstrap:
 
     def _own_store(self) -> Any:
         try:
-            return _env_store(self._seconds or 1e9)
+            return _env_store(self.rank, self.world_size, self._seconds or 1e9)
         except ImportError as error:
             raise UnsupportedError(f"method='torch' needs torch ({error}). Use method='env' without it.") from error
         except (RuntimeError, ValueError, OSError) as error:
@@ -341,7 +358,9 @@ class TorchBootstrap:
             while missing := [rank for rank, key in enumerate(keys) if not self._store.check([key])]:
                 time.sleep(deadline.within(min(0.001 * 1.5**waiting, 0.1)))
                 waiting += 1
-            return [bytes(self._store.get(key)) for key in keys]
+            values = [bytes(self._store.get(key)) for key in keys]
+            self._await_readers(f"{self._prefix}/{number}/read")
+            return values
         except TimeoutError:
             ranks = f"Rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
             raise CommError(
@@ -350,16 +369,37 @@ class TorchBootstrap:
         except RuntimeError as error:
             raise CommError(f"{what}: the store of torch.distributed failed on rank {self.rank}: {error}") from error
 
+    def _await_readers(self, key: str) -> None:
+        """Rank 0 may serve the store: it must not end before the others have read. Who has ended instead is not waited for long."""
+        with suppress(RuntimeError, TimeoutError):  # the last one may find that rank 0 is content, and gone
+            read, deadline = self._store.add(key, 1), Deadline(_READ_S)
+            while self.rank == 0 and read < self.world_size:
+                time.sleep(deadline.within(0.001))
+                read = self._store.add(key, 0)
+
     def close(self) -> None:
         pass
 
 
 @functools.lru_cache(maxsize=1)  # rank 0 may serve it: it stays until the process ends
-def _env_store(seconds: float) -> Any:
+def _env_store(rank: int, world_size: int, seconds: float) -> Any:
+    """What ``env://`` opens, with the server that init_process_group takes later; but it waits for no other rank, so that
+    :meth:`TorchBootstrap.gather` can name those that are missing."""
     from torch import distributed
 
-    store, _, _ = next(iter(distributed.rendezvous("env://", timeout=datetime.timedelta(seconds=seconds))))  # type: ignore[attr-defined]
-    return distributed.PrefixStore("flashmoe_gen", store)  # type: ignore[attr-defined]
+    torch: Any = distributed  # it does not say what it exports
+
+    host, port = (os.environ[name].strip() for name in _MASTER)
+    store = torch.TCPStore(
+        host,
+        _port(port),
+        world_size,
+        rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",  # else torchrun serves it
+        datetime.timedelta(seconds=seconds),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    return torch.PrefixStore("flashmoe_gen", store)
 
 
 # ---- Plain variables, and SLURM's -------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ SHELL = {**BATCH, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}  #
 SRUN = {**JOB, "SLURM_PROCID": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "1"}
 SRUN_ONE = {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
 PROXY = {**SRUN_ONE, "SLURM_STEP_ID": "1"}  # mpirun starts its daemons with srun, one a node
+PMIX = {"PMIX_NAMESPACE": "prterun-n1-4@1", "PMIX_RANK": "1"}  # prterun, and no size
 PMI2 = {**SRUN, "PMI_RANK": "2", "PMI_SIZE": "4", "PMI_FD": "3", "PMI_JOBID": "77.0"}  # srun --mpi=pmi2
 
 FOUND = {
@@ -96,6 +97,10 @@ FOUND = {
     "salloc": (JOB, "single", 0, 1),
     "salloc with a shell of its own": (SHELL, "single", 0, 1),
     "a job's script": (BATCH, "single", 0, 1),
+    "a shell of srun --mpi=pmix": (SHELL | {"PMIX_NAMESPACE": "slurm.pmix.77.0", "PMIX_RANK": "0"}, "single", 0, 1),
+    "srun --mpi=pmix": (SRUN | {"PMIX_NAMESPACE": "slurm.pmix.77.0", "PMIX_RANK": "2"}, "slurm", 2, 4),
+    "PMIX_RANK alone": ({"PMIX_RANK": "2"}, "single", 0, 1),
+    "a program's own ranks in a shell of prterun": (PLAIN | PMIX, "env", 1, 4),
     "a shell in a task": ({**SRUN, "SLURM_STEP_ID": ""}, "single", 0, 1),
     "torchrun's name alone": ({"TORCHELASTIC_RUN_ID": "none"}, "single", 0, 1),
     "mpirun, and a world left in the shell": (HYDRA | {"WORLD_SIZE": "8"}, "mpi", 2, 3),
@@ -196,6 +201,27 @@ def test_without_mpi4py(monkeypatch: Patch) -> None:
     for name, value in HYDRA.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UnsupportedError, match=r"method='mpi' needs mpi4py.*pip install mpi4py"):
+        find("auto")
+
+
+class _Mpi:
+    """An MPI of two ranks."""
+
+    Is_finalized, Is_initialized = staticmethod(lambda: False), staticmethod(lambda: True)
+    Get_library_version = staticmethod(lambda: "Some MPI 1.0, of a test")
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.COMM_WORLD = self
+        self.Get_rank, self.Get_size = lambda: rank, lambda: world_size
+
+
+def test_a_launcher_that_leaves_no_size(monkeypatch: Patch) -> None:
+    for name, value in PMIX.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(bootstrap, "_mpi", lambda: _Mpi(1, 2))
+    assert launched("auto", os.environ) == ("mpi", 1, 2, "MPI (Some MPI 1.0) says rank 1 of 2")
+    monkeypatch.setattr(bootstrap, "_mpi", lambda: _Mpi(0, 1))
+    with pytest.raises(CommError, match=r"rank 1 \(PMIX_RANK\), but MPI's library, Some MPI 1.0, says rank 0 of 1"):
         find("auto")
 
 

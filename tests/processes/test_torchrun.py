@@ -102,3 +102,44 @@ def test_what_cannot_work(torchrun: list[str], tmp_path: Path) -> None:
     env, torch = ended.out.splitlines()
     assert env == "SpecError method='env': torchrun itself listens at MASTER_PORT. Use method='torch'."
     assert torch.startswith("CommError Ranks 1, 2 did not come to init() within 2 s. FLASHMOE_INIT_TIMEOUT_S")
+
+
+MISSING = """
+import os, sys
+from flashmoe_gen.comm.bootstrap import find
+from flashmoe_gen.errors import CommError
+if os.environ["RANK"] == "2":
+    sys.exit()
+try:
+    find("torch").gather(b"", "init()")
+except CommError as error:
+    print(error)
+"""
+HASTY = """
+import os
+from flashmoe_gen.comm.bootstrap import find
+ranks = find("torch")
+for turn in range(20):
+    assert ranks.gather(b"%d" % ranks.rank, "init()") == [b"0", b"1", b"2"]
+print("done", flush=True)
+os._exit(0)
+"""
+
+
+def test_a_rank_that_never_comes(torchrun: list[str], tmp_path: Path) -> None:
+    """Rank 0, which serves the store, is not the one to blame."""
+    script = tmp_path / "missing.py"
+    script.write_text(MISSING)
+    with spawn(3, script, FLASHMOE_INIT_TIMEOUT_S="10") as ranks:
+        left = ranks.wait()
+    assert left[0].out == "Rank 2 did not come to init() within 10 s. FLASHMOE_INIT_TIMEOUT_S sets the limit.\n", left
+    assert left[1].out.startswith(("Rank 2 did not come to init()", "init(): the store of torch.distributed")), left
+
+
+def test_rank_0_ends_at_once(torchrun: list[str], tmp_path: Path) -> None:
+    """The others read what was said before the store goes with it."""
+    script = tmp_path / "hasty.py"
+    script.write_text(HASTY)
+    with spawn(3, script) as ranks:
+        left = ranks.wait()
+    assert [ended.out for ended in left] == ["done\n"] * 3, left
