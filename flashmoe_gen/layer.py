@@ -39,7 +39,8 @@ class MoELayer:
         tile: tile configuration; default :func:`flashmoe_gen.default_tile`.
         schedule: order of the tasks, and how rows come back; default: what :class:`Schedule` picks.
         comm: this rank's communicator. Not needed for ``world_size=1``: such layers share one with those of the same device whose
-            heap they fit, and so their calls follow each other; ``comm.init("single")`` gives a layer one of its own.
+            heap they fit: their calls follow each other, a failure or ``layer.comm.close()`` is that of all of them, and
+            ``comm.init("single")`` gives a layer one of its own.
         placement: which rank holds which expert; default :meth:`Placement.default`.
         stream: CUDA stream of the calls (``target="cuda"``); default: the current one of the array library at each call.
         max_blocks: the most blocks of a launch (``target="cuda"``), of which whole clusters are used; default: all that are

@@ -3,12 +3,24 @@ each other."""
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Iterator
 
 from .launch.target import Memory, Target
 from .layout import ScratchNeeds
+
+_lock = threading.Lock()  # of all of them: it is held for an allocation
+
+
+def _after_fork() -> None:
+    """In the child: a thread that held the lock is not here."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Scratch:
@@ -35,11 +47,10 @@ class Scratches:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._made: weakref.WeakSet[Scratch] = weakref.WeakSet()
 
     def __iter__(self) -> Iterator[Scratch]:
-        with self._lock:
+        with _lock:
             return iter(list(self._made))
 
     def get(self, needs: ScratchNeeds, target: Target) -> Scratch:
@@ -48,7 +59,7 @@ class Scratches:
         Raises:
             CommError: no memory.
         """
-        with self._lock:
+        with _lock:
             there = [scratch for scratch in self._made if needs.fits(scratch.needs)]
             if there:
                 return min(there, key=lambda scratch: scratch.needs.bytes)

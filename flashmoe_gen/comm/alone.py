@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from contextlib import suppress
@@ -14,6 +15,15 @@ from .local import LocalGroup, LocalTransport
 
 _lock = threading.Lock()
 _made: weakref.WeakSet[Communicator] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """In the child: a thread that held the lock is not here."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def alone(target: Target, needs: HeapNeeds) -> Communicator:

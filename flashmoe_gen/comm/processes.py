@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import env, packages
 from ..errors import CommError, FlashMoEError, SpecError, UnsupportedError
-from ..launch.cuda import CudaTarget, device_count
+from ..launch.cuda import CudaTarget, device_count, require_device
 from ..launch.host import HostTarget
 from ..launch.target import Memory, Target
 from ..layout import HeapLayout, HeapNeeds
@@ -332,6 +332,8 @@ class _Place:
             raise SpecError(f"target={target!r} is not valid. Must be 'host' or 'cuda'.")
         if name == "host" and device is not None:
             raise SpecError("device= is not valid for target='host'.")
+        if name == "cuda":
+            require_device()
         self.device = None if name == "host" else rank % max(1, device_count()) if device is None else device
         self.facts: dict[str, Any] = {
             "version": __version__,

@@ -34,7 +34,7 @@ def choose(
     """
     chosen = name or env.target() or default
     if chosen is None:
-        chosen = "cuda" if device_count() > 0 else "host"
+        chosen = "cuda" if device is not None or device_count() > 0 else "host"
     if chosen == "cuda":
         return CudaTarget(max_blocks, sharing, device=device, reserve_multiprocessors=reserve_multiprocessors)
     if chosen != "host":
