@@ -140,7 +140,7 @@ def test_others_run_on_reserved_multiprocessors(monkeypatch: pytest.MonkeyPatch,
         )
         kernel = cupy.RawKernel(_NEIGHBOURS, "neighbours")
         kernel.max_dynamic_shared_size_bytes = shared = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
-        launch = functools.partial(kernel, (blocks,), (32,), (words[:1], words[1:]), shared_mem=shared)
+        launch = functools.partial(kernel, (blocks,), (1,), (words[:1], words[1:]), shared_mem=shared)
         with stream:
             launch()  # loads it
             words.fill(0)
