@@ -29,9 +29,9 @@ def run(line: str, capture: pytest.CaptureFixture[str]) -> str:
     ("options", "checks"),
     [
         ("--ranks 1", 5),
-        ("--ranks 2", 4),  # rows summed by their owner have other bits than one rank's
-        ("--ranks 2 --set combine=route", 5),
-        ("--ranks 2 --set dtype=float32", 4),
+        ("--ranks 2", 5),
+        ("--ranks 2 --set combine=rank", 4),  # rows summed by their owner have other bits than one rank's
+        ("--ranks 2 --set dtype=float32", 5),
         ("--ranks 1 --set dtype=float32 --set math=ffma", 5),
     ],
 )
@@ -46,5 +46,5 @@ def test_demo(options: str, checks: int, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_what_the_demo_prints(capsys: pytest.CaptureFixture[str]) -> None:
     out = run(DEMO, capsys)
-    assert "GPU kernels (sm_" in out and "times: CUDA events" in out and "all 4 checks" in out
+    assert "GPU kernels (sm_" in out and "times: CUDA events" in out and "all 5 checks" in out
     assert "Host kernels" not in out and "The same layer for GPUs" not in out
