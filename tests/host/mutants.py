@@ -52,8 +52,8 @@ MUTANTS = {
         "put(); store_release<Scope::device>(call.return_word(source, token, slot), call.word(kSumIsBack));",
     ),
     "unchecked epoch of words": (
-        "[&](u64 epoch) { return epoch == call.epoch; });",
-        "[&](u64 epoch) { return epoch != 0; });",
+        "(word)) >> 32; },\n      [&](u64 epoch) { return epoch == call.epoch; });",
+        "(word)) >> 32; },\n      [&](u64 epoch) { return epoch != 0; });",
     ),
     "unchecked epoch of chunks": ("+ next) >> 32 == call.epoch;", "+ next) >> 32 != 0;"),
     "reused ring slot": (
