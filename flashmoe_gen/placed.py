@@ -111,8 +111,7 @@ class Placed:
         return trace.take(self.memory, self.regions, room, self._fused.plan.tracks)
 
     def restart(self) -> None:
-        """Start from clean counters, its own and those it shares."""
-        self.scratch.restart()
+        """Start from clean counters; the communicator does the same with what its layers share."""
         for region in self.regions.values():
             if region.persistent:
                 self.memory.fill(region.offset, region.bytes, 0)

@@ -71,3 +71,8 @@ class Scratches:
     def bytes(self) -> int:
         """Of all of them."""
         return sum(scratch.needs.bytes for scratch in self)
+
+    def restart(self) -> None:
+        """Start from clean counters: for the communicator, also where the layer that used them last is gone."""
+        for scratch in self:
+            scratch.restart()

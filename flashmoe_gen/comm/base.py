@@ -20,7 +20,7 @@ ABORTED_AT = int(CONTROL.dtype.fields["aborted"][1])  # type: ignore[index]
 
 
 class Restarts(Protocol):
-    """What a communicator asks of a layer."""
+    """What a communicator asks of its layers, and of the scratch that they share."""
 
     def restart(self) -> None:
         """Clear all counters."""

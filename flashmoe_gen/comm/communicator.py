@@ -52,6 +52,7 @@ class Communicator:
         self.lock = threading.RLock()  # held by whoever uses what the rank's calls use
         self._inside: Callable[[], object] = _nothing  # what lives as long as a call of this rank
         self.scratches = Scratches()
+        transport.attach(self.scratches)
         self.lane = lane or Lane()
         self._made: Counter[str] = Counter()  # what all ranks have agreed on: layers, placements, reservations
         _communicators.add(self)

@@ -74,3 +74,19 @@ def test_layers_of_other_sizes_leave_nothing_behind_for_each_other(combine: str)
         for y, case in zip(world.run(problem, inputs), inputs):
             assert relative_error(y, problem.reference(*case)) <= BOUNDS["float32"]
             assert np.isfinite(y).all()
+
+
+def test_what_a_layer_that_is_gone_has_left_is_cleared_with_the_rest() -> None:
+    """A scratch may outlive its layer, in the traceback of an interrupted call, and serve the next one."""
+    comm = fmg.comm.init("single")
+    first = fmg.MoELayer(SPEC, target="host", comm=comm)
+    right(first, 20, 1)
+    scratch = first._placed.scratch
+    for region in scratch.needs.counters.values():
+        scratch.memory.fill(region.offset, region.bytes, 0xFF)
+    del first
+    gc.collect()
+    comm.reset()
+    second = fmg.MoELayer(SPEC, target="host", comm=comm)
+    assert second._placed.scratch is scratch
+    right(second, 20, 2)
