@@ -13,7 +13,7 @@ from aborts import CHECKS
 from mutants import MUTANTS
 from scenarios import Scenario, standard
 
-SEEDS = 120  # for each of the ten scenarios: 1200 interleavings
+SEEDS = 60  # for each of the ten scenarios: 600 interleavings
 SCENARIOS = 10
 FIRST_SEED = int(os.environ.get("FLASHMOE_TEST_SEED", "0"))
 
