@@ -24,7 +24,7 @@ from ..errors import FlashMoEError, SpecError, UnsupportedError
 from ..render import render_parts
 from . import streams
 from .config import LaunchConfig
-from .memory import CudaMemory
+from .memory import CudaMemory, peer_access
 from .target import LaunchShape, Prepared, Target, loaded
 from .tensor_maps import TensorMaps
 
@@ -234,14 +234,12 @@ class CudaTarget:
     def reaches(self, other: Target) -> str:
         if not isinstance(other, CudaTarget):
             return f"The communicator's layers run on {other.device}; this one would run on {self.device}."
-        return "" if self.number == other.number else _peer_access(self.number, other.number)
+        return "" if self.number == other.number else peer_access(self.number, other.number)
 
     def _room(self, resident: int, sharing: int) -> int:
         """Of so many resident blocks, those that one rank may have."""
         everywhere, reserved = self.multiprocessors, self.reserve_multiprocessors
-        if (
-            reserved
-        ):  # where several fit a multiprocessor, the second ones come after all have one: none would be left free
+        if reserved:  # where several fit a multiprocessor, the second ones come after all have one: none would be left free
             resident = min(resident, everywhere) * (everywhere - reserved) // everywhere
         return resident // sharing
 
@@ -386,27 +384,6 @@ class CudaTarget:
 
         with self.current():
             cupy.cuda.runtime.deviceSynchronize()
-
-
-def _peer_access(device: int, peer: int) -> str:
-    """Let kernels of a GPU use the memory of another one of this process; ``""``, or why they cannot."""
-    import cupy
-
-    runtime = cupy.cuda.runtime
-    if not runtime.deviceCanAccessPeer(device, peer):
-        return f"GPU {device} cannot access the memory of GPU {peer}: see `nvidia-smi topo -p2p rw`."
-    pool = getattr(cupy.cuda.get_allocator(), "__self__", None)
-    if isinstance(pool, cupy.cuda.MemoryAsyncPool):
-        return (
-            "CuPy allocates from a MemoryAsyncPool, whose memory other GPUs cannot use. Use CuPy's default allocator."
-        )
-    with cupy.cuda.Device(device):
-        try:
-            runtime.deviceEnablePeerAccess(peer)
-        except runtime.CUDARuntimeError as error:
-            if "PeerAccessAlreadyEnabled" not in str(error):
-                return f"GPU {device} cannot access the memory of GPU {peer}: {error}"
-    return ""
 
 
 def _arch_of(capability: str) -> str:

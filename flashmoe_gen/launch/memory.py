@@ -39,3 +39,24 @@ class CudaMemory:
         with cupy.cuda.Device(self._device):
             cupy.cuda.runtime.deviceSynchronize()
             return np.asarray(cupy.asnumpy(self._array[offset : offset + nbytes]))
+
+
+def peer_access(device: int, peer: int) -> str:
+    """Let kernels of a GPU use the memory of another one of this process; ``""``, or why they cannot."""
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    if not runtime.deviceCanAccessPeer(device, peer):
+        return f"GPU {device} cannot access the memory of GPU {peer}: see `nvidia-smi topo -p2p rw`."
+    pool = getattr(cupy.cuda.get_allocator(), "__self__", None)
+    if isinstance(pool, cupy.cuda.MemoryAsyncPool):
+        return (
+            "CuPy allocates from a MemoryAsyncPool, whose memory other GPUs cannot use. Use CuPy's default allocator."
+        )
+    with cupy.cuda.Device(device):
+        try:
+            runtime.deviceEnablePeerAccess(peer)
+        except runtime.CUDARuntimeError as error:
+            if "PeerAccessAlreadyEnabled" not in str(error):
+                return f"GPU {device} cannot access the memory of GPU {peer}: {error}"
+    return ""

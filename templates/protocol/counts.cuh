@@ -1,4 +1,4 @@
-// ---- Counts: what every source sends here, and what follows from it: where its rows of an expert are, and whether they are summed --
+// ---- Counts: what every source sends here, and so where its rows of an expert are, and whether they are summed ----------------
 // Wait for the tokens of EVERY rank, also when there is nothing to do: it bounds how far a peer can run ahead. And for its tag:
 // ranks that make different calls must not go on.
 template <class Group>

@@ -18,7 +18,8 @@ DEVICE Look look_at(const Call& call, int source, u32 next) {
   const u64 list = load_acquire<Scope::system>(call.list_word(rank, source));
   const u32 chunks = (u32(count) + kChunkTokens - 1) / kChunkTokens;
   const bool known = count >> 32 == call.epoch && (list >> 32 == call.epoch || chunks == 0);
-  const bool here = known && next < chunks && load_acquire<Scope::system>(call.chunk_words(rank, source) + next) >> 32 == call.epoch;
+  const u64* const words = call.chunk_words(rank, source);
+  const bool here = known && next < chunks && load_acquire<Scope::system>(words + next) >> 32 == call.epoch;
   return Look{chunks, known, here};
 }
 
