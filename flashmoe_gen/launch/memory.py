@@ -48,10 +48,11 @@ def peer_access(device: int, peer: int) -> str:
     runtime = cupy.cuda.runtime
     if not runtime.deviceCanAccessPeer(device, peer):
         return f"GPU {device} cannot access the memory of GPU {peer}: see `nvidia-smi topo -p2p rw`."
-    pool = getattr(cupy.cuda.get_allocator(), "__self__", None)
-    if isinstance(pool, cupy.cuda.MemoryAsyncPool):
+    allocator = cupy.cuda.get_allocator()
+    if allocator is cupy.cuda.malloc_async or isinstance(getattr(allocator, "__self__", None), cupy.cuda.MemoryAsyncPool):
         return (
-            "CuPy allocates from a MemoryAsyncPool, whose memory other GPUs cannot use. Use CuPy's default allocator."
+            "CuPy allocates with cudaMallocAsync (malloc_async or a MemoryAsyncPool), whose memory other GPUs cannot use. "
+            "Use CuPy's default allocator."
         )
     with cupy.cuda.Device(device):
         try:

@@ -209,15 +209,18 @@ def test_gpus_of_one_process_use_each_others_memory(monkeypatch: pytest.MonkeyPa
             pass
 
     runtime = SimpleNamespace(deviceCanAccessPeer=lambda a, b: can, deviceEnablePeerAccess=enable, CUDARuntimeError=RefusedError)
-    cuda = SimpleNamespace(runtime=runtime, Device=device, MemoryAsyncPool=AsyncPool, get_allocator=lambda: print)
+    cuda = SimpleNamespace(
+        runtime=runtime, Device=device, MemoryAsyncPool=AsyncPool, malloc_async=lambda size: None, get_allocator=lambda: print
+    )
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
     if not can:
         assert "GPU 1 cannot access the memory of GPU 0" in gpu(1).reaches(gpu())
         return
     assert gpu(1).reaches(gpu()) == gpu().reaches(gpu(1)) == gpu(1).reaches(gpu()) == ""
     assert enabled == [(1, 0), (0, 1)]
-    cuda.get_allocator = lambda: AsyncPool().malloc
-    assert "MemoryAsyncPool" in gpu(1).reaches(gpu())
+    for allocator in (AsyncPool().malloc, cuda.malloc_async):
+        cuda.get_allocator = lambda allocator=allocator: allocator
+        assert "CuPy allocates with cudaMallocAsync" in gpu(1).reaches(gpu())
 
 
 class FakeCuda:
