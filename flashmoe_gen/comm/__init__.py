@@ -107,8 +107,11 @@ def local_group(
         raise SpecError(f"world_size={world_size!r} is not valid. Must be between 1 and {MAX_WORLD_SIZE}.")
     numbers = None
     if devices is not None:
-        numbers = [number for number in map(_checked_device, devices) if number is not None]
+        try:
+            numbers = [number for number in map(_checked_device, devices) if number is not None]
+        except (TypeError, SpecError):
+            numbers = []
         if len(numbers) != count:
-            raise SpecError(f"devices={devices!r} is not valid. Must be None or a GPU for each of the {count} ranks.")
+            raise SpecError(f"devices={devices!r} is not valid. Must be None or the number of a GPU for each of the {count} ranks.")
     group = LocalGroup(count, _checked_heap_bytes(heap_bytes), numbers)
     return [Communicator(LocalTransport(group, rank)) for rank in range(count)]

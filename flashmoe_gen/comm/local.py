@@ -76,12 +76,20 @@ class LocalGroup:
         world_size: number of ranks.
         heap_bytes: size of one rank's heap; ``None``: what its layers need.
         devices: the GPU of each rank; ``None``: any, one for all.
+        sharing: how many ranks share the processor of each, those of other groups included; ``None``: this group has it alone.
     """
 
-    def __init__(self, world_size: int, heap_bytes: int | None, devices: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        heap_bytes: int | None,
+        devices: Sequence[int] | None = None,
+        sharing: Sequence[int] | None = None,
+    ) -> None:
         self.world_size = world_size
         self.heap_bytes = heap_bytes
         self.devices: list[int | None] = [None] * world_size if devices is None else list(devices)
+        self.sharing = [self.devices.count(device) for device in self.devices] if sharing is None else list(sharing)
         self.words = LocalWords(world_size)
         self.changed = threading.Condition(self.words.lock)
         self.arrived: dict[int, Any] = {}  # ranks that wait in a collective, and what they bring
@@ -157,7 +165,7 @@ class LocalTransport:
         self.world_size = group.world_size
         self.ranks_here = tuple(range(group.world_size))
         self.device = group.devices[rank]
-        self.sharing = group.devices.count(self.device)
+        self.sharing = group.sharing[rank]
         self.words: Words = group.words
 
     @property
@@ -295,7 +303,8 @@ class LocalTransport:
     def split(self, members: Sequence[int]) -> LocalTransport:
         parent = self._group
         devices = None if self.device is None else [parent.devices[member] or 0 for member in members]
-        made = LocalGroup(len(members), parent.heap_bytes, devices) if self.rank == members[0] else None
+        sharing = [parent.sharing[member] for member in members]  # the other parts are there too, and run at the same time
+        made = LocalGroup(len(members), parent.heap_bytes, devices, sharing) if self.rank == members[0] else None
         group = self.exchange(made, "split()")[members[0]]
         assert group is not None
         return LocalTransport(group, members.index(self.rank))

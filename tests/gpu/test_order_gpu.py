@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,31 @@ def test_ranks_that_call_different_layers_are_told_which() -> None:
     for comm in comms:
         with pytest.raises(fmg.CommError, match=r"calls its layer [01] where rank [01] calls its layer [01]"):
             comm.check()
+
+
+def test_halves_of_a_group_find_room_beside_each_other() -> None:
+    """One rank of each half first: with half of the GPU each, they would keep the others out until the deadline."""
+    import cupy
+
+    spec, tile = make(WAY, world_size=2)
+    problem, comms = Problem(spec), fmg.comm.local_group(4)
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(lambda comm: comm.split(comm.rank // 2), comms))
+    halves = [Ranks(spec, tile, comms=parts[:2]), Ranks(spec, tile, comms=parts[2:])]
+    inputs = [inputs_of(problem, spec, (300, 200), "uniform", half) for half in range(2)]
+    for ranks, cases in zip(halves, inputs):
+        ranks.run(problem, cases)
+    experts = [device_experts(problem, halves[0].placement.local_experts(rank)) for rank in range(2)]
+    arrays = [[on_device(case) for case in cases] for cases in inputs]
+    outs = [[cupy.full(x.shape, np.nan, x.dtype) for x, _, _ in cases] for cases in arrays]
+    cupy.cuda.runtime.deviceSynchronize()
+    for rank in range(2):
+        for half, ranks in enumerate(halves):
+            ranks.layers[rank](*arrays[half][rank], experts[rank], out=outs[half][rank], stream=ranks.streams[rank])
+    for half, ranks in enumerate(halves):
+        for layer, case, out in zip(ranks.layers, inputs[half], outs[half]):
+            layer.check()
+            assert_close(problem, case, cupy.asnumpy(out), BOUND)
 
 
 def test_the_epoch_turns() -> None:

@@ -32,6 +32,25 @@ def test_unknown_method() -> None:
         fmg.comm.init("ucx")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("devices", [3, [0], [0, None], [0, True], [0, -1], [0, "1"]])
+def test_devices_are_checked(devices: object) -> None:
+    with pytest.raises(fmg.SpecError, match=r"devices=.* is not valid\. Must be None or the number of a GPU for each of the 2"):
+        fmg.comm.local_group(2, devices=devices)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("devices, sharing", [(None, [4] * 4), ([0, 1, 1, 1], [1, 3, 3, 3]), ([1, 0, 0, 1], [2] * 4)])
+def test_parts_of_a_group_share_with_the_other_parts(devices: list[int] | None, sharing: list[int]) -> None:
+    """Ranks of different parts run at the same time: were the whole processor theirs, none of their peers might find room."""
+    comms = fmg.comm.local_group(4, devices=devices)
+    assert [comm.sharing for comm in comms] == sharing
+    halves = on_ranks(4, lambda rank: comms[rank].split(rank % 2))
+    alone = on_ranks(4, lambda rank: halves[rank].split(halves[rank].rank))
+    for parts in (halves, alone):
+        assert [part.sharing for part in parts] == sharing
+        assert [part.device for part in parts] == (devices or [None] * 4)
+        assert all(part.lane is comm.lane for part, comm in zip(parts, comms))
+
+
 def test_split_groups_run_a_layer_of_their_own() -> None:
     comms = fmg.comm.local_group(4)
     halves = on_ranks(4, lambda rank: comms[rank].split(color=rank % 2, key=-rank))
